@@ -1,0 +1,103 @@
+"""What can be served: families and their variants, read from catalog.toml and checked at import."""
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+HERE = Path(__file__).parent
+PredictionType = Literal["epsilon", "sample"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One set of distilled weights: it knows its step count and what its UNet predicts, so neither can be mismatched."""
+
+    name: str
+    file: str
+    kind: Literal["unet", "lora"]
+    steps: int
+    prediction_type: PredictionType
+
+    def __post_init__(self) -> None:
+        if self.steps not in (1, 2, 4, 8):
+            raise ValueError(f"variant {self.name}: steps must be 1, 2, 4 or 8 (the trained grids), not {self.steps}")
+        if self.kind not in ("unet", "lora") or self.prediction_type not in ("epsilon", "sample"):
+            raise ValueError(f"variant {self.name}: unknown kind {self.kind!r} or prediction {self.prediction_type!r}")
+        if not self.file.endswith(".safetensors"):
+            raise ValueError(f"variant {self.name}: only safetensors files are read, not {self.file}")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Picture sides in pixels that a family can draw."""
+
+    default: int
+    minimum: int
+    maximum: int
+    multiple: int
+
+    def refusal(self, side: str, pixels: int) -> str | None:
+        """A sentence that says why `pixels` cannot be the `side` ("width" or "height"), or None if it can."""
+        if self.minimum <= pixels <= self.maximum and pixels % self.multiple == 0:
+            return None
+        if self.minimum == self.maximum:
+            return f"{side} must be {self.default}, the only size this model draws, not {pixels}"
+        return f"{side} must be from {self.minimum} to {self.maximum} in steps of {self.multiple}, not {pixels}"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the Hugging Face hub at a revision."""
+
+    id: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the pipeline: its folder and files; the last file holds the weights, if it has any."""
+
+    folder: str
+    files: tuple[str, ...]
+    repository: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base model and its variants: SDXL, or the embedded miniature of it."""
+
+    name: str
+    size: Sizes
+    components: dict[str, Component]
+    variants: dict[str, Variant]
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    directory: Path | None = None
+
+
+def read_catalog(path: Path = HERE / "catalog.toml") -> dict[str, Family]:
+    """Families by name. Raises ValueError or TypeError, naming the row, where the file makes no sense."""
+    data = tomllib.loads(path.read_text())
+    variants = {row["name"]: Variant(**row) for row in data["variant"]}
+    if len(variants) != len(data["variant"]):
+        raise ValueError(f"{path.name}: two variants share a name")
+    return {name: _family(name, row, variants, path.parent) for name, row in data["family"].items()}
+
+
+def _family(name: str, row: dict, variants: dict[str, Variant], root: Path) -> Family:
+    return Family(
+        name=name,
+        size=Sizes(**row["size"]),
+        components={
+            part: Component(value["folder"], tuple(value["files"]), value.get("repository", ""))
+            for part, value in row["components"].items()
+        },
+        variants=variants,
+        repositories={key: Repository(**value) for key, value in row.get("repositories", {}).items()},
+        sha256=row.get("sha256", {}),
+        directory=root / row["directory"] if "directory" in row else None,
+    )
+
+
+CATALOG = read_catalog()

@@ -1,0 +1,156 @@
+"""Ahead-of-time compiled code for the CPU: built once in a process of its own, kept in a cache, loaded in milliseconds.
+
+The UNet is compiled without weights, for any batch size: each weight set is bound to the same code by reference. Text
+encoders never change, so theirs stay inside. The VAE's decoder is not here: compiled, it was slower (docs/performance.md).
+On a GPU, and wherever no C++ compiler is found, everything runs as it is.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+from models import weights
+from models.catalog import CATALOG
+from models.pipeline import Pipeline, UNetFunction
+from models.registry import Registry, Tier, UNet, WeightSet
+
+LARGEST_BATCH = 64  # rows; the code is right for any batch from 1 to here
+PARTS = ("unet", "text")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What compiled code depends on besides the machine: the family, its files, the dtype and the thread count."""
+
+    store: weights.WeightStore
+    dtype: torch.dtype
+    cache: Path
+
+    def package(self, part: str) -> Path:
+        """Where the compiled part is or will be. A change of anything it was made from changes the name."""
+        made_from: list[object] = [
+            *(torch.__version__, diffusers.__version__, transformers.__version__, str(self.dtype)),
+            *(platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
+            self.store.family.size.default,
+            self.store.config("unet"),
+        ]
+        if part == "text":
+            for encoder in ("text_encoder", "text_encoder_2"):
+                made_from += [self.store.config(encoder), _digest(self.store.component_file(encoder))]
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+        return self.cache / f"{self.store.family.name}-{part}-{key}.pt2"
+
+    def is_built(self) -> bool:
+        """Whether every part is in the cache."""
+        return all(self.package(part).is_file() for part in PARTS)
+
+
+def can_build() -> bool:
+    """Whether this machine has the C++ compiler that torch calls."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def start_build(recipe: Recipe) -> subprocess.Popen[bytes]:
+    """Begin to build the missing parts in a process of its own, at low priority, so that service goes on."""
+    command = [sys.executable, "-m", "models.compiled", recipe.store.family.name, str(recipe.cache)]
+    command += [str(recipe.dtype).removeprefix("torch."), str(recipe.store.directory or "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(  # noqa: S603: our own module, our own arguments
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=lambda: os.nice(15)
+    )
+
+
+def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The compiled text encoders; called as models.pipeline.TextEncoders."""
+    return aoti_load_package(str(recipe.package("text")))
+
+
+def load_unet(recipe: Recipe) -> Callable[[WeightSet], UNetFunction]:
+    """A function that binds the compiled UNet to a weight set. The set is used where it lies, not copied."""
+    path = str(recipe.package("unet"))
+
+    def bind(weight_set: WeightSet) -> UNetFunction:
+        runner = aoti_load_package(path)
+        named = {f"unet.{key}": tensor for key, tensor in weight_set.items()}
+        constants = {name: named[name] for name in runner.get_constant_fqns()}
+        runner.load_constants(constants, check_full_update=True, user_managed=True)
+        return runner
+
+    return bind
+
+
+def build(recipe: Recipe) -> None:
+    """Compile what is not in the cache: about 40 s for the embedded UNet and 12 s for its text encoders on 2 cores."""
+    recipe.cache.mkdir(parents=True, exist_ok=True)
+    pipeline = Pipeline(recipe.store, "cpu", recipe.dtype)
+    if not recipe.package("text").is_file():
+        assert isinstance(pipeline.text, nn.Module)
+        length = pipeline.tokenizers[0].model_max_length
+        ids = torch.zeros(2, length, dtype=torch.int64)
+        _package(pipeline.text, (ids, ids.clone()), recipe.package("text"), with_weights=True)
+    if not recipe.package("unet").is_file():
+        registry = Registry(recipe.store, "cpu", recipe.dtype, [Tier("cpu", 1 << 62)])
+        name = next(iter(recipe.store.variants_here()))
+        registry.load(name)
+        registry.use(name)
+        example = _unet_example(registry.unet, pipeline, recipe.store.family.size.default)
+        _package(registry.unet, example, recipe.package("unet"), with_weights=False)
+
+
+def _unet_example(unet: UNet, pipeline: Pipeline, pixels: int) -> tuple[Tensor, ...]:
+    side, row = pixels // pipeline.vae_scale, pipeline.encode([""])[0]
+    batch = 2  # not 1: export would take a batch of one for a constant
+    latents = torch.zeros(batch, pipeline.latent_channels, side, side, dtype=pipeline.dtype)
+    return (
+        latents.contiguous(memory_format=torch.channels_last),
+        torch.zeros(batch),
+        row.prompt_embeds.repeat(batch, 1, 1),
+        row.pooled.repeat(batch, 1),
+        torch.zeros(batch, 6, dtype=pipeline.dtype),
+    )
+
+
+def _package(module: nn.Module, example: tuple[Tensor, ...], path: Path, with_weights: bool) -> None:
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    with torch.no_grad():
+        exported = torch.export.export(module.eval(), example, dynamic_shapes=tuple({0: batch} for _ in example))
+        options = {"aot_inductor.package_constants_in_so": with_weights, "always_keep_tensor_constants": True}
+        unfinished = path.with_suffix(f".{os.getpid()}.pt2")
+        aoti_compile_and_package(exported, package_path=str(unfinished), inductor_configs=options)
+    unfinished.replace(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> None:
+    """Build one family's packages; run as `python -m models.compiled FAMILY CACHE DTYPE [DIRECTORY]`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("family", choices=CATALOG)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("directory", nargs="?", default="")
+    options = parser.parse_args()
+    store = weights.WeightStore(CATALOG[options.family], Path(options.directory) if options.directory else None)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    build(Recipe(store, getattr(torch, options.dtype), options.cache))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The pipeline: prompts to conditioning, latents to latents, latents to pictures. It holds no request and no clock."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from models import weights
+from models.schedule import Schedule, euler_step, model_input
+
+# UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
+UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+PROMPTS_CACHED = 1024  # prompts; SDXL's take 318 KB each in fp16 (77 x 2048 + 1280), so 0.3 GB in all
+FLAT = 1 / 255  # a picture whose pixels deviate less than this is black or blank: a numeric fault, not a picture
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """One prompt as the UNet reads it. prompt_embeds: (L, C), pooled: (P,), both in the model's dtype.
+    truncated: the prompt had more tokens than the text encoders take, and its end was cut."""
+
+    prompt_embeds: Tensor
+    pooled: Tensor
+    truncated: bool
+
+
+class TextEncoders(nn.Module):
+    """CLIP ViT-L and OpenCLIP bigG (or their miniatures), as diffusers' SDXL pipeline uses them."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        """ids, ids_2: (B, L) int64. Returns prompt_embeds (B, L, C) and pooled (B, P)."""
+        one = self.first(ids, output_hidden_states=True)
+        two = self.second(ids_2, output_hidden_states=True)
+        # "2" because SDXL reads the penultimate layer (SDXL report, sec. 2.1).
+        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds
+
+
+class Decoder(nn.Module):
+    """The VAE's decoder with the way to bytes behind it, so that only bytes leave the device."""
+
+    def __init__(self, vae: nn.Module, scaling_factor: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae, self.scaling_factor, self.dtype = vae, scaling_factor, dtype
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents: (B, 4, h, w) float32. Returns pictures (B, 8h, 8w, 3) uint8, and (B,) bool: is it sound?"""
+        latents = latents / self.scaling_factor  # 0.13025 for SDXL, from vae/config.json
+        pixels = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)  # clamp keeps NaN
+        sound = pixels.flatten(1).std(dim=1) >= FLAT  # False for NaN too
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sound
+
+
+class Pipeline:
+    """Everything of a family but the UNet's weights, which the registry owns."""
+
+    def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.tokenizers = [
+            CLIPTokenizer.from_pretrained(store.component_folder(part), local_files_only=True)
+            for part in ("tokenizer", "tokenizer_2")
+        ]
+        self.text: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = TextEncoders(
+            self._text_encoder(store, "text_encoder", CLIPTextModel),
+            self._text_encoder(store, "text_encoder_2", CLIPTextModelWithProjection),
+        )
+        vae_config = store.config("vae")
+        vae = AutoencoderKL.from_config(vae_config)
+        self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = Decoder(
+            self._filled(vae, store, "vae"), vae_config["scaling_factor"], dtype
+        )
+        self.latent_channels: int = vae_config["latent_channels"]
+        self.vae_scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent, 8
+        self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def _text_encoder(self, store: weights.WeightStore, part: str, kind: type[nn.Module]) -> nn.Module:
+        config = CLIPTextConfig.from_dict(store.config(part))
+        return self._filled(kind(config), store, part)
+
+    def _filled(self, module: nn.Module, store: weights.WeightStore, part: str) -> nn.Module:
+        state = weights.read(store.component_file(part))
+        state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
+        fill(module, state, part)
+        return module.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Conditioning of each prompt; new prompts go through the text encoders in one batch, known ones are cached."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+        if new:
+            ids = [self._tokenize(tokenizer, new) for tokenizer in self.tokenizers]
+            embeds, pooled = self.text(ids[0].to(self.device), ids[1].to(self.device))
+            for row, prompt in enumerate(new):
+                self._prompts[prompt] = Conditioning(embeds[row].clone(), pooled[row].clone(), self._is_cut(prompt))
+        found = []
+        for prompt in prompts:
+            self._prompts.move_to_end(prompt)
+            found.append(self._prompts[prompt])
+        while len(self._prompts) > PROMPTS_CACHED:
+            self._prompts.popitem(last=False)
+        return found
+
+    @staticmethod
+    def _tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+        return tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def _is_cut(self, prompt: str) -> bool:
+        return any(len(tokenizer(prompt).input_ids) > tokenizer.model_max_length for tokenizer in self.tokenizers)
+
+    def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
+        """The starting latents of one picture, (4, h, w) float32: diffusers' own, from a CPU generator, so that a seed
+        means the same picture on every device and in any batch."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
+        return noise.to(self.device, non_blocking=True) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        unet: UNetFunction,
+        schedule: Schedule,
+        latents: Tensor,
+        step: Tensor,
+        conditioning: Sequence[Conditioning],
+    ) -> Tensor:
+        """One step of every row, wherever each row stands. Waits for nothing on the host.
+
+        latents: (B, 4, h, w) float32. step: (B,) int64 on the device, each row's index into the schedule.
+        """
+        height, width = (side * self.vae_scale for side in latents.shape[-2:])
+        embeds = torch.stack([row.prompt_embeds for row in conditioning])
+        pooled = torch.stack([row.pooled for row in conditioning])
+        time_ids = self._time_ids(height, width).expand(len(conditioning), -1)
+        sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
+        scaled = model_input(latents, sigma).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        out = unet(scaled, schedule.timesteps[step], embeds, pooled, time_ids)
+        return euler_step(latents, out.float(), sigma, sigma_next, schedule.prediction_type)
+
+    def _time_ids(self, height: int, width: int) -> Tensor:
+        # SDXL's micro-conditioning: original size, crop corner, target size, in the embeddings' dtype as diffusers has it
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype)
+        return ids.to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, H, W, 3) uint8, and (B,) bool, False where a picture is NaN or flat. Both on the device."""
+        return self.decoder(latents)
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Load a state dict into a module, every tensor by name and shape. Raises weights.BadWeights where they differ."""
+    check_fit(module, state, name)
+    module.load_state_dict(state, strict=True)
+
+
+def check_fit(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Raises weights.BadWeights unless `state` has the tensors of `module`, by name and shape; `name` is for the text."""
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))[:3]
+        raise weights.BadWeights(f"{name}: its tensors do not fit this model, first {wrong}")

@@ -1,0 +1,218 @@
+"""The registry: the UNet is code, a variant is a weight set. Which sets are held, where, and which one is active."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from models import weights
+from models.catalog import Variant
+from models.pipeline import UNetFunction, check_fit, fill
+from models.schedule import Schedule, make_schedule
+
+WeightSet = dict[str, Tensor]
+
+
+class OverBudget(Exception):
+    """A weight set is larger than every memory tier it could be held in."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A kind of memory that holds weight sets. pinned: page-locked host memory, from which a GPU copies fastest."""
+
+    device: str
+    budget: int  # bytes
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class VariantStatus:
+    """What the registry knows of a variant. state: "resident", "loading", "failed" or "on disk"."""
+
+    name: str
+    state: str
+    resident_bytes: int = 0
+    reason: str = ""
+
+
+class UNet(nn.Module):
+    """diffusers' UNet with plain tensor arguments, so that it can be exported and captured."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        with init_empty_weights():
+            self.unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+
+    def forward(self, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        """Shapes as in models.pipeline.UNetFunction."""
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(latents, timestep, embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+
+class Registry:
+    """Weight sets of one family in memory tiers, the fastest first, least recently used out first.
+
+    load and unload may run in any thread; use() belongs to the thread that runs the UNet. A load that fails changes
+    nothing else. `bind` makes a UNet function of a weight set; None runs the one UNet module (see models.compiled).
+    """
+
+    def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype, tiers: list[Tier]) -> None:
+        self.store, self.device, self.dtype, self.tiers = store, device, dtype, tiers
+        self.config = store.config("unet")
+        scheduler = store.config("scheduler")
+        self.schedules: dict[str, Schedule] = {
+            name: make_schedule(variant, scheduler).to(device) for name, variant in store.family.variants.items()
+        }
+        self.unet = UNet(self.config)
+        self.active: str | None = None
+        self.switches = 0
+        self.bind: Callable[[WeightSet], UNetFunction] | None = None
+        self._bound: dict[str, UNetFunction] = {}
+        self._sets: list[OrderedDict[str, WeightSet]] = [OrderedDict() for _ in tiers]
+        self._loading: set[str] = set()
+        self._failed: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def load(self, name: str) -> None:
+        """Read a variant into memory, fusing a LoRA into a clean copy of the base. Raises KeyError for an unknown name,
+        weights.MissingWeights, weights.BadWeights, OverBudget."""
+        variant = self.store.family.variants[name]
+        with self._lock:
+            if name in self._loading or any(name in tier for tier in self._sets):
+                return
+            self._loading.add(name)
+        try:
+            weight_set = self._read(variant)
+            with self._lock:
+                self._hold(name, weight_set, first_tier=0)
+                self._failed.pop(name, None)
+        except Exception as error:
+            with self._lock:
+                self._failed[name] = str(error)
+            raise
+        finally:
+            with self._lock:
+                self._loading.discard(name)
+
+    def unload(self, name: str) -> None:
+        """Forget a variant's weights; unknown or absent names are no error. The active set stays until the next use()."""
+        with self._lock:
+            self._bound.pop(name, None)
+            for tier in self._sets:
+                tier.pop(name, None)
+
+    def is_resident(self, name: str) -> bool:
+        """Whether use() would work now."""
+        with self._lock:
+            return any(name in tier for tier in self._sets)
+
+    def use(self, name: str) -> UNetFunction:
+        """The UNet with this variant's weights. Raises KeyError if the variant is not resident."""
+        with self._lock:
+            weight_set = self._touch(name)
+            if self.active != name:
+                self.switches += 1
+                self.active = name
+                if self.bind is None:
+                    self._activate(weight_set)
+            if self.bind is None:
+                return self.unet
+            if name not in self._bound:
+                self._bound[name] = self.bind(weight_set)
+            return self._bound[name]
+
+    def use_compiled(self, bind: Callable[[WeightSet], UNetFunction]) -> None:
+        """From the next use() on, run compiled code bound to each weight set instead of the module."""
+        with self._lock:
+            self.bind, self.active = bind, None
+
+    def status(self) -> list[VariantStatus]:
+        """One line a variant, in the catalog's order."""
+        with self._lock:
+            return [self._status(name) for name in self.store.family.variants]
+
+    def _status(self, name: str) -> VariantStatus:
+        for tier in self._sets:
+            if name in tier:
+                return VariantStatus(name, "resident", _size(tier[name]))
+        if name in self._loading:
+            return VariantStatus(name, "loading")
+        if name in self._failed:
+            return VariantStatus(name, "failed", reason=self._failed[name])
+        return VariantStatus(name, "on disk")
+
+    def _touch(self, name: str) -> WeightSet:
+        for tier in self._sets:
+            if name in tier:
+                tier.move_to_end(name)
+                return tier[name]
+        raise KeyError(name)
+
+    def _hold(self, name: str, weight_set: WeightSet, first_tier: int) -> None:
+        """Put a set into the first tier large enough; what it displaces moves a tier down, and out of the last."""
+        for index in range(first_tier, len(self.tiers)):
+            tier, held = self.tiers[index], self._sets[index]
+            if _size(weight_set) > tier.budget:
+                continue
+            while sum(map(_size, held.values())) + _size(weight_set) > tier.budget:
+                displaced = held.popitem(last=False)
+                self._bound.pop(displaced[0], None)
+                if index + 1 < len(self.tiers):
+                    self._hold(*displaced, first_tier=index + 1)
+            held[name] = {key: _placed(tensor, tier) for key, tensor in weight_set.items()}
+            return
+        if first_tier == 0:
+            budgets = ", ".join(f"{tier.budget / 2**30:.1f} GiB on {tier.device}" for tier in self.tiers)
+            raise OverBudget(f"{name} takes {_size(weight_set) / 2**30:.1f} GiB, more than any budget ({budgets})")
+
+    def _activate(self, weight_set: WeightSet) -> None:
+        on_cpu = self.device == "cpu"
+        if self.unet.unet.conv_in.weight.is_meta and not on_cpu:
+            self.unet.unet.to_empty(device=self.device).to(self.dtype, memory_format=torch.channels_last)
+        # By reference on the CPU: no copy at all. By copy on a GPU: CUDA graphs need the addresses to stay.
+        with torch.inference_mode():
+            if on_cpu:
+                self.unet.unet.load_state_dict(weight_set, strict=True, assign=True)
+            else:
+                for key, parameter in self.unet.unet.state_dict(keep_vars=True).items():
+                    parameter.data.copy_(weight_set[key], non_blocking=True)
+
+    def _read(self, variant: Variant) -> WeightSet:
+        state = weights.read(self.store.variant_file(variant.name))
+        unet = UNet2DConditionModel.from_config(self.config) if variant.kind == "lora" else None
+        if unet is not None:
+            fill(unet, weights.read(self.store.component_file("unet")), "unet")
+            _fuse_lora(unet, state, variant)
+            state = unet.state_dict()
+        else:
+            check_fit(self.unet.unet, state, variant.file)
+        return {
+            key: tensor.to(self.dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
+            for key, tensor in state.items()
+        }
+
+
+def _fuse_lora(unet: UNet2DConditionModel, state: WeightSet, variant: Variant) -> None:
+    """Add a kohya-format LoRA to a UNet's weights, with diffusers' and peft's own code."""
+    try:
+        lora, alphas = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=unet.config)
+        unet.load_lora_adapter(lora, network_alphas=alphas, prefix="unet", adapter_name=variant.name)
+        unet.fuse_lora()
+        unet.unload_lora()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise weights.BadWeights(f"{variant.file} is no LoRA of this UNet: {error}") from error
+
+
+def _size(weight_set: WeightSet) -> int:
+    return sum(tensor.nbytes for tensor in weight_set.values())
+
+
+def _placed(tensor: Tensor, tier: Tier) -> Tensor:
+    moved = tensor.to(tier.device, non_blocking=True)
+    return moved.pin_memory() if tier.pinned else moved

@@ -1,0 +1,51 @@
+"""The sampling schedule: tables from diffusers' own scheduler, and the Euler step over them, each row at its own step."""
+
+from dataclasses import dataclass
+
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor
+
+from models.catalog import PredictionType, Variant
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """timesteps: (N,) float32. sigmas: (N + 1,) float32, the last one 0. Row k of a batch at step i reads entry i."""
+
+    timesteps: Tensor
+    sigmas: Tensor
+    prediction_type: PredictionType
+
+    def to(self, device: str) -> "Schedule":
+        """The same tables on a device, so that gathering from them needs no host sync."""
+        return Schedule(self.timesteps.to(device), self.sigmas.to(device), self.prediction_type)
+
+
+def make_schedule(variant: Variant, config: dict) -> Schedule:
+    """Trailing timesteps and their sigmas (Lightning's model card; leading ones never reach pure noise).
+
+    config: the base model's scheduler_config.json.
+    """
+    scheduler = EulerDiscreteScheduler.from_config(
+        config, timestep_spacing="trailing", prediction_type=variant.prediction_type
+    )
+    scheduler.set_timesteps(variant.steps)
+    timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
+    if len(timesteps) != variant.steps or sigmas[-1] != 0:
+        raise ValueError(f"variant {variant.name}: the scheduler made {len(timesteps)} timesteps for {variant.steps}")
+    return Schedule(timesteps, sigmas, variant.prediction_type)
+
+
+def model_input(latents: Tensor, sigma: Tensor) -> Tensor:
+    """Latents scaled to unit variance, as the UNet wants them. latents: (B, 4, h, w) float32. sigma: (B,)."""
+    return latents / (sigma.view(-1, 1, 1, 1) ** 2 + 1) ** 0.5
+
+
+def euler_step(latents: Tensor, out: Tensor, sigma: Tensor, sigma_next: Tensor, predicts: PredictionType) -> Tensor:
+    """Move latents from sigma to sigma_next, each row at its own step (Euler step, arXiv 2206.00364).
+
+    latents, out: (B, 4, h, w) float32; `out` is what the UNet returned. sigma, sigma_next: (B,) float32.
+    """
+    sigma, sigma_next = sigma.view(-1, 1, 1, 1), sigma_next.view(-1, 1, 1, 1)
+    clean = out if predicts == "sample" else latents - sigma * out
+    return clean + (latents - clean) * (sigma_next / sigma)  # sigma_next = 0 lands on the clean latents
