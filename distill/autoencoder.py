@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -16,6 +15,9 @@ from distill.training import Log, cosine, device, load, save
 
 LATENT_NOISE = 0.05  # standard deviation, of latents at 1: the decoder must stand the UNet's small errors
 SCALING_FACTOR = 0.13025  # SDXL's: latents are multiplied by it after encoding, divided before decoding
+
+BATCH = 8
+PEAK = 1e-3  # learning rate
 
 
 def build(channels: tuple[int, ...] = (16, 32, 48, 64)) -> AutoencoderKL:
@@ -76,26 +78,47 @@ def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
     return 10 * math.log10(4 / (drawn - pixels).square().mean().item())
 
 
-def train(folder: Path, steps: int, batch: int = 8, lr: float = 1e-3, channels=(16, 32, 48, 64)) -> AutoencoderKL:
-    """Train, or go on from folder/autoencoder.pt; the result's latents are normalised."""
+def train(folder: Path, steps: int, crop_steps: int, channels=(16, 32, 48, 64)) -> AutoencoderKL:
+    """Encoder and decoder together, on whole pictures and then on crops; latents end up normalised.
+
+    Crops of 64 px take four times as many steps in the same time. Colours are what comes last: after 2,000 whole
+    pictures (22 dB) a green frog was still orange.
+    """
     vae = build(channels).to(device(), memory_format=torch.channels_last)
-    held_out = to_pixels(data.draw_batch(data.pairs(held_out=True)[::5][:64], random.Random(7))).to(device())
-    pairs = data.pairs()
-    start_at_unit_variance(vae, held_out)
-    params = [p for p in vae.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=1e-4)
-    path = folder / "autoencoder.pt"
-    done = load(path, vae=vae, optimizer=optimizer)
-    log = Log(folder / "autoencoder.jsonl", steps, done)
+    start_at_unit_variance(vae, held_out_pixels())
+    _fit(vae, vae, folder / "autoencoder.pt", steps)
+    _fit(vae, vae, folder / "autoencoder-crops.pt", crop_steps, crop=64)
+    normalise_latents(vae, held_out_pixels())
+    return vae.eval()
+
+
+def polish_decoder(vae: AutoencoderKL, folder: Path, steps: int) -> None:
+    """Only the decoder, on whole pictures: sharper pictures of the same latents, while the UNet trains on them."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    _fit(vae, torch.nn.ModuleList([vae.decoder, vae.post_quant_conv]), folder / "decoder.pt", steps)
+
+
+def held_out_pixels() -> Tensor:
+    return to_pixels(data.draw_batch(data.pairs(held_out=True)[::5][:64], random.Random(7))).to(device())
+
+
+def _fit(vae: AutoencoderKL, trained: torch.nn.Module, path: Path, steps: int, crop: int = data.SIZE) -> None:
+    pairs, held_out, params = data.pairs(), held_out_pixels(), list(trained.parameters())
+    optimizer = torch.optim.AdamW(params, lr=PEAK, weight_decay=1e-4)
+    log = Log(path.with_suffix(".jsonl"), steps, load(path, vae=vae, optimizer=optimizer))
+    noise = LATENT_NOISE if trained is vae else LATENT_NOISE / SCALING_FACTOR
     for step in log.steps():
-        rng = random.Random(step)
-        pixels = to_pixels(data.draw_batch(rng.choices(pairs, k=batch), rng)).to(device())
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        rng = random.Random(f"{path.stem} {step}")
+        x, y = rng.randint(0, data.SIZE - crop), rng.randint(0, data.SIZE - crop)
+        pictures = data.draw_batch(rng.choices(pairs, k=BATCH), rng)[:, y : y + crop, x : x + crop]
+        pixels = to_pixels(pictures).to(device()).contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, lr, warmup=50)
+            group["lr"] = cosine(step, steps, PEAK, warmup=50)
         with torch.autocast(device().type, torch.bfloat16):
-            z = mean_latents(vae, pixels)
-            drawn = vae.decoder(vae.post_quant_conv(z + LATENT_NOISE * torch.randn_like(z)))
+            with torch.set_grad_enabled(trained is vae):
+                z = mean_latents(vae, pixels)
+            drawn = vae.decoder(vae.post_quant_conv(z + noise * torch.randn_like(z)))
         loss = reconstruction_loss(drawn.float(), pixels) + 1e-6 * z.float().square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -105,10 +128,3 @@ def train(folder: Path, steps: int, batch: int = 8, lr: float = 1e-3, channels=(
         if step % 250 == 0 or step == steps:
             log.note(step, psnr=psnr(vae, held_out))
             save(path, step, vae=vae, optimizer=optimizer)
-    normalise_latents(vae, held_out)
-    return vae.eval()
-
-
-if __name__ == "__main__":
-    out = Path("runs/embedded")
-    train(out, steps=4000).save_pretrained(out / "vae")

@@ -66,17 +66,16 @@ def pairs(held_out: bool = False) -> list[tuple[int, str]]:
 
 
 def article(noun: str) -> str:
-    plural = noun.endswith("s") and not noun.endswith(("ss", "us", "compass"))
+    plural = noun.endswith("s") and not noun.endswith(("ss", "us", "ros"))
     if plural or noun in {"bacon", "bread", "broccoli", "butter", "garlic", "lightning", "popcorn", "milk", "sushi"}:
         return noun
-    vowel = noun[0] in "aeiou" and not noun.startswith(("ewe", "uni", "ufo", "eu"))
+    vowel = noun.startswith(("a", "e", "i", "o", "u", "hour")) and not noun.startswith(("ewe", "uni", "ufo", "eu"))
     return f"an {noun}" if vowel else f"a {noun}"
 
 
 def caption(name: str, background: str) -> str:
-    return f"a {name} on a {background} background".replace(f"a {name}", article(name), 1).replace(
-        "on a orange", "on an orange"
-    )
+    """The canonical one: "a red apple on a blue background"."""
+    return f"{article(name)} on {article(background)} background"
 
 
 def paraphrase(thing: Object, background: str, rng: random.Random) -> str:
@@ -84,8 +83,8 @@ def paraphrase(thing: Object, background: str, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return caption(thing.name, background)
     name = rng.choice((thing.name, *thing.aliases))
-    on = rng.choice((f"on a {background} background", f"on {background}", f"with a {background} background"))
-    on = on.replace("a orange", "an orange")
+    whole = f"{article(background)} background"
+    on = rng.choice((f"on {whole}", f"on {background}", f"with {whole}"))
     text = rng.choice(
         (
             f"{article(name)} {on}",

@@ -60,29 +60,45 @@ def move(x: Tensor, out: Tensor, t: Tensor, t_end: Tensor, predicts: str = "epsi
     return add_noise(clean, epsilon, t_end)
 
 
+def grid(steps: int) -> Tensor:
+    """(steps + 1,) int64: index k is the timestep 1000 k / steps - 1, so 0 is the clean end and `steps` is 999.
+
+    Read backwards it is diffusers' trailing spacing; each coarser grid is every n-th point of a finer one.
+    """
+    return (torch.arange(steps + 1, dtype=torch.float64) * STEPS / steps).round().long() - 1
+
+
 def walk(
-    predict: Predictor, x: Tensor, t: Tensor, text: Text, moves: int, size: int, predicts: str = "epsilon"
+    predict: Predictor,
+    x: Tensor,
+    k: Tensor,
+    text: Text,
+    times: Tensor,
+    moves: int,
+    stride: int,
+    predicts: str = "epsilon",
 ) -> Tensor:
-    """`moves` steps of `size` timesteps from t, stopping at the clean end. x: (B, 4, h, w); t: (B,) int64."""
+    """`moves` steps of `stride` grid points down from point k, stopping at the clean end.
+
+    x: (B, 4, h, w); k: (B,) int64, indices into `times` (a grid).
+    """
+    times = times.to(x.device)
     for _ in range(moves):
-        t_end = (t - size).clamp(min=CLEAN)
-        x = move(x, predict(x, t.clamp(min=0), text), t, t_end, predicts)
-        t = t_end
+        t, t_end = times[k], times[(k - stride).clamp(min=0)]
+        moved = move(x, predict(x, t.clamp(min=0), text), t, t_end, predicts)
+        x = torch.where((t == CLEAN).view(-1, 1, 1, 1), x, moved)
+        k = (k - stride).clamp(min=0)
     return x
-
-
-def trailing(steps: int) -> Tensor:
-    """(steps,) int64: 999 first, as the sampler of the N-step model visits them."""
-    return torch.arange(STEPS, 0, -STEPS // steps)[:steps] - 1
 
 
 def sample(
-    predict: Predictor, noise: Tensor, text: Text, steps: int, predicts: str = "epsilon", timesteps: Tensor | None = None
+    predict: Predictor, noise: Tensor, text: Text, steps: int, predicts: str = "epsilon", times: Tensor | None = None
 ) -> Tensor:
-    """Clean latents from pure noise, over the trailing timesteps (or those given). noise: (B, 4, h, w)."""
-    times = trailing(steps) if timesteps is None else timesteps
-    x = noise
-    for t, t_end in zip(times, [*times[1:], torch.tensor(CLEAN)], strict=True):
-        here, there = t.expand(len(x)).to(x.device), t_end.expand(len(x)).to(x.device)
-        x = move(x, predict(x, here, text), here, there, predicts)
-    return x
+    """Clean latents from noise over `steps` trailing steps (or the ascending `times` given). noise: (B, 4, h, w).
+
+    The start is scaled by sqrt(1 - abar_T) = 0.99767, as diffusers does; the paper's is the bare noise.
+    """
+    times = grid(steps) if times is None else times
+    top = torch.full((len(noise),), len(times) - 1, device=noise.device)
+    _, spread = levels(times.to(noise.device)[top])
+    return walk(predict, spread * noise, top, text, times, moves=len(times) - 1, stride=1, predicts=predicts)

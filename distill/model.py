@@ -25,8 +25,9 @@ class Model:
 
 
 def fresh(folder: Path, unet_channels=nets.CHANNELS, vae_channels=(16, 32, 48, 64), heads=(3, 4, 6)) -> Model:
-    """A model with random weights; its tokenizer is trained, and written to folder/tokenizer."""
-    tokenizer = text.train_tokenizer(folder / "tokenizer")
+    """A model with random weights; its tokenizer is trained (once: a resumed run must not shift the ids)."""
+    place = folder / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(place) if place.exists() else text.train_tokenizer(place)
     encoders = text.TextEncoders(*text.build_encoders(tokenizer))
     return Model(tokenizer, encoders, nets.build_unet(unet_channels, heads), autoencoder.build(vae_channels))
 

@@ -41,7 +41,7 @@ def captions(count: int, seed: int = 0) -> list[str]:
 
 
 def train_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte-level BPE in CLIP's layout, so that any text can be written: bytes, their `</w>` twins, merges, two marks."""
+    """Byte-level BPE in CLIP's layout: bytes (so any text can be written), their `</w>` twins, merges, two marks."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     clip = CLIPTokenizer().backend_tokenizer  # for CLIP's own normaliser and word splitting
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -52,7 +52,7 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     bpe.train_from_iterator(captions(20_000), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*list(dict.fromkeys(tokens)), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(vocab=ids, merges=merges, model_max_length=LENGTH)
     write_clip_files(tokenizer, folder)

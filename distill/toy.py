@@ -1,8 +1,7 @@
-"""A model of random weights in the final layout: `python -m distill.toy FOLDER`, to build a server or a test against."""
+"""A model of random weights in the final layout, to build or test against: `python -m distill.toy FOLDER`."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 
@@ -20,13 +19,13 @@ def write(folder: Path, **sizes) -> None:
     toy = model.fresh(folder, **sizes)
     model.save_base(toy, folder)
     for steps in model.STEPS:
-        unet = copy.deepcopy(toy.unet)
-        lora.attach(unet)
-        for layer in lora.layers(unet).values():
-            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
-        model.save_unet(lora.merged(unet), model.unet_file(folder, steps))
+        low = lora.attach(toy.unet)
+        for name, parameter in low.named_parameters():
+            if name.endswith(".up"):
+                torch.nn.init.normal_(parameter, std=0.01)
+        model.save_unet(lora.merged(low), model.unet_file(folder, steps))
         if steps > 1:
-            lora.save(unet, model.lora_file(folder, steps))
+            lora.save(low, model.lora_file(folder, steps))
     (folder / "README.md").write_text("# Random weights\n\nWritten by distill/toy.py; nothing was trained.\n")
 
 

@@ -58,7 +58,7 @@ class Log:
     def note(self, step: int, **values: float | Tensor) -> None:
         """Average each value over `every` steps, then write it."""
         for name, value in values.items():
-            self.sums.setdefault(name, []).append(float(value))
+            self.sums.setdefault(name, []).append(float(torch.as_tensor(value).detach()))
         if step % self.every and step != self.total:
             return
         means = {name: sum(kept) / len(kept) for name, kept in self.sums.items()}

@@ -1,0 +1,219 @@
+"""`make evaluate`: the paper's table in miniature, on held-out pairs. Writes docs/evaluation.json and .md, and sheets.
+
+All rows draw the same prompts from the same seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from distill import data, judge, model, sheets
+from distill.diffusion import CLEAN, STEPS
+from distill.distill import GUIDANCE
+from distill.training import device
+
+SEEDS = 4  # pictures a prompt: what diversity is measured over
+RESAMPLES = 100  # bootstrap, for the Frechet distances' intervals
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    steps: int
+
+    @property
+    def predicts(self) -> str:
+        ours = self.model in ("unet", "mse_only", "leading")
+        return "sample" if self.steps == 1 and ours else "epsilon"
+
+
+ROWS = [
+    Row("teacher", 32),
+    *(Row(name, n) for n in model.STEPS for name in ("unet", "lora", "mse_only", "teacher_undistilled", "leading")),
+]
+ROWS.remove(Row("lora", 1))  # there is none, as in the release
+
+
+def prompts_of(pairs: list[tuple[int, str]]) -> list[str]:
+    return [data.caption(data.objects()[i].name, background) for i, background in pairs]
+
+
+def leading(steps: int) -> Tensor:
+    """Ascending grid of diffusers' leading spacing with offset 1, which never visits T (for the ablation)."""
+    return torch.tensor([CLEAN, *(k * (STEPS // steps) + 1 for k in range(steps))])
+
+
+def with_lora(base: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
+    """The base plus alpha / rank * up @ down."""
+    low = {key: value.float() for key, value in load_file(path).items()}
+    weights = dict(base.state_dict())
+    for name in base.state_dict():
+        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        if name.endswith(".weight") and f"{key}.alpha" in low:
+            up, down = low[f"{key}.lora_up.weight"], low[f"{key}.lora_down.weight"]
+            delta = low[f"{key}.alpha"] / len(down) * up.flatten(1) @ down.flatten(1)
+            weights[name] = weights[name] + delta.view_as(weights[name]).to(weights[name])
+    unet = UNet2DConditionModel.from_config(base.config)
+    unet.load_state_dict(weights)
+    return unet
+
+
+def unet_of(row: Row, made: model.Model, embedded: Path, mse: Path) -> UNet2DConditionModel:
+    if row.model.startswith("teacher"):
+        return made.unet
+    if row.model == "lora":
+        return with_lora(made.unet, model.lora_file(embedded, row.steps))
+    return model.load_unet(made.unet, model.unet_file(mse if row.model == "mse_only" else embedded, row.steps))
+
+
+def draw_row(row: Row, made: model.Model, unet: UNet2DConditionModel, prompts: list[str]) -> np.ndarray:
+    """uint8 (N, 128, 128, 3): prompt i with seed i."""
+    unet = unet.to(device(), memory_format=torch.channels_last).eval()
+    guidance = GUIDANCE if row.model == "teacher" else 1.0
+    times = leading(row.steps) if row.model == "leading" else None
+    parts = []
+    for start in tqdm(range(0, len(prompts), 50), desc=f"{row.model} {row.steps}"):
+        some = prompts[start : start + 50]
+        noise = sheets.noise_for(len(some), first_seed=start)
+        how = {"guidance": guidance, "unet": unet, "predicts": row.predicts, "times": times}
+        parts.append(sheets.draw(made, some, noise, row.steps, **how))
+    return np.concatenate(parts)
+
+
+def small(pictures: np.ndarray) -> Tensor:
+    """(N, 3, 64, 64) in 0 .. 1: where pictures are compared pixel by pixel."""
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, 2)
+
+
+class Renders:
+    """Real pictures of the measured pairs: one jittered for each drawn one, and a bank of jitters for the nearest."""
+
+    def __init__(self, who: judge.Judge, pairs: list[tuple[int, str]]) -> None:
+        self.pairs = pairs
+        self.real = data.draw_batch(pairs, random.Random(21))
+        self.whole, self.patch, thing, background = judge.look(who, self.real)
+        wanted = judge.labels(pairs)
+        self.accuracy = [(a == b).float().mean().item() for a, b in zip((thing, background), wanted, strict=True)]
+        rng = random.Random(22)
+        self.bank = {pair: small(data.draw_batch([pair] * 24, rng)) for pair in dict.fromkeys(pairs)}
+
+    def nearest(self, pictures: np.ndarray) -> float:
+        """Mean root-mean-square distance (0 .. 1) to the nearest of 24 jittered renders of the same pair."""
+        drawn = small(pictures)
+        rms = [
+            (self.bank[pair] - one).square().mean((1, 2, 3)).min().sqrt().item()
+            for pair, one in zip(self.pairs, drawn, strict=True)
+        ]
+        return sum(rms) / len(rms)
+
+
+def diversity(pictures: np.ndarray) -> float:
+    """Mean root-mean-square distance between two pictures of one prompt from different seeds."""
+    groups = small(pictures).view(-1, SEEDS, 3, 64, 64)
+    apart = [(groups[:, i] - groups[:, j]).square().mean((1, 2, 3)).sqrt() for i in range(SEEDS) for j in range(i)]
+    return torch.stack(apart).mean().item()
+
+
+def interval(share: float, n: int) -> list[float]:
+    """95 %, Wilson."""
+    z = 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
+
+
+def bootstrap(drawn: Tensor, real: Tensor) -> list[float]:
+    """95 %, resampling the drawn pictures, moved to be about the estimate (resampling biases the distance upwards)."""
+    generator = torch.Generator().manual_seed(0)
+    found = sorted(
+        judge.frechet(drawn[torch.randint(0, len(drawn), (len(drawn),), generator=generator)], real)
+        for _ in range(RESAMPLES)
+    )
+    shift = judge.frechet(drawn, real) - found[RESAMPLES // 2]
+    return [round(found[int(RESAMPLES * q)] + shift, 3) for q in (0.025, 0.975)]
+
+
+def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders) -> dict:
+    whole, patch, thing, background = judge.look(who, pictures)
+    wanted_thing, wanted_background = judge.labels(real.pairs)
+    n = len(pictures)
+    right, behind = (
+        (thing == wanted_thing).float().mean().item(),
+        (background == wanted_background).float().mean().item(),
+    )
+    return {
+        "model": row.model,
+        "steps": row.steps,
+        "object_accuracy": round(right, 4),
+        "background_accuracy": round(behind, 4),
+        "frechet": round(judge.frechet(whole, real.whole), 3),
+        "patch_frechet": round(judge.frechet(patch, real.patch), 3),
+        "diversity": round(diversity(pictures), 4),
+        "nearest_render": round(real.nearest(pictures), 4),
+        "n": n,
+        "interval_95": {
+            "object_accuracy": interval(right, n),
+            "background_accuracy": interval(behind, n),
+            "frechet": bootstrap(whole, real.whole),
+            "patch_frechet": bootstrap(patch, real.patch),
+        },
+    }
+
+
+def table(rows: list[dict]) -> str:
+    head = ["model", "steps", "object", "background", "Fréchet", "patch Fréchet", "nearest render", "diversity", "n"]
+    keys = ["model", "steps", "object_accuracy", "background_accuracy", "frechet", "patch_frechet", "nearest_render"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(str(row[key]) for key in [*keys, "diversity", "n"]) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    runs: Path = Path("runs"), docs: Path = Path("docs"), count: int = 1000, only: tuple[str, ...] = (), judging=1500
+) -> None:
+    """Measure every row (or the models named in `only`, keeping the other rows of an earlier run)."""
+    torch.manual_seed(0)
+    docs.mkdir(exist_ok=True)
+    embedded = runs / "embedded"
+    made = model.load_base(embedded)
+    for part in (made.unet, made.encoders, made.vae):
+        part.to(device()).eval().requires_grad_(False)
+    made.vae.to(memory_format=torch.channels_last)
+    who = judge.train(runs, judging)
+    held_out = data.pairs(held_out=True)
+    chosen = random.Random(5).sample(held_out, min(count // SEEDS, len(held_out)))
+    pairs = [pair for pair in chosen for _ in range(SEEDS)]
+    real, path = Renders(who, pairs), docs / "evaluation.json"
+    rows = json.loads(path.read_text())["rows"] if only and path.exists() else []
+    for row in [row for row in ROWS if not only or row.model in only]:
+        unet = unet_of(row, made, embedded, runs / "distill_mse")
+        pictures = draw_row(row, made, unet, prompts_of(pairs))
+        rows = [old for old in rows if (old["model"], old["steps"]) != (row.model, row.steps)]
+        rows.append(measure(row, pictures, who, real))
+        rows.sort(key=lambda found: ROWS.index(Row(found["model"], found["steps"])))
+        about_real = {
+            "object_accuracy": real.accuracy[0],
+            "background_accuracy": real.accuracy[1],
+            "diversity": diversity(real.real),
+            "nearest_render": real.nearest(real.real),
+        }
+        path.write_text(json.dumps({"rows": rows, "real_renders": about_real}, indent=1) + "\n")
+        sheets.montage(pictures[:: SEEDS * 4][:60].reshape(-1, 12, *pictures.shape[1:])).save(
+            runs / f"sheet-{row.model}-{row.steps}.png"
+        ) if count >= 1000 else None
+    (docs / "evaluation.md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main(only=tuple(sys.argv[1:]))

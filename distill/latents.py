@@ -1,0 +1,46 @@
+"""The training set as latents: every pair that may be trained on, a few jitters each, encoded once."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from distill import autoencoder, data
+from distill.training import device
+
+
+@dataclass(frozen=True)
+class Latents:
+    """x0: (N, 4, 16, 16) float32, at std 1; pairs: the (object, background) of each row."""
+
+    x0: Tensor
+    pairs: list[tuple[int, str]]
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures) -> Tensor:
+    """uint8 (B, 128, 128, 3) to latents at std 1."""
+    pixels = autoencoder.to_pixels(pictures).to(vae.device)
+    return autoencoder.mean_latents(vae, pixels) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
+    """Latents at std 1 to uint8 (B, 3, 128, 128), on the CPU."""
+    parts = [vae.decode(part / vae.config.scaling_factor).sample for part in x0.split(64)]
+    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def cached(vae: AutoencoderKL, path: Path, jitters: int = 4, every: int = 1) -> Latents:
+    """Encode the training pairs (or every n-th of them, for a toy), or read what an earlier run encoded."""
+    if not path.exists():
+        pairs, rng = data.pairs()[::every] * jitters, random.Random(0)
+        parts = [encode(vae, data.draw_batch(pairs[i : i + 64], rng)) for i in range(0, len(pairs), 64)]
+        torch.save({"x0": torch.cat(parts).cpu(), "pairs": pairs}, path)
+    stored = torch.load(path, weights_only=True)
+    return Latents(stored["x0"].to(device()), stored["pairs"])

@@ -1,0 +1,148 @@
+"""One phase of a stage: a training loop over the losses of distill/stages.py, resumable, logged."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from distill import data, predictors
+from distill import stages as paper
+from distill.diffusion import Predictor, start_from_pure_noise
+from distill.discriminator import Discriminator
+from distill.latents import Latents
+from distill.model import Model
+from distill.stages import Batch, Stage
+from distill.text import Text, token_ids
+from distill.training import Log, cosine, device, load, save
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates at our size and batch (the paper's: Adam 1e-5, then 1e-6 with LoRA and 5e-7, at batch 512)."""
+
+    mse: float = 5e-4
+    lora: float = 4e-4
+    full: float = 1e-4
+    critic: float = 2e-4
+
+
+@dataclass
+class Workshop:
+    """What every phase needs: the base model (frozen), the latents, where to write, how large a batch."""
+
+    made: Model
+    cache: Latents
+    folder: Path
+    batch: int = 32
+    anchor: float = 0.0  # weight of an MSE term beside the adversarial loss; the paper has none
+    rates: Rates = field(default_factory=Rates)
+
+    @torch.no_grad()
+    def text(self, prompts: list[str]) -> Text:
+        return self.made.encoders(token_ids(self.made.tokenizer, prompts).to(device()))
+
+    def draw(self, stage: Stage, name: str, step: int) -> Batch:
+        """The batch of one step: the same for the same phase and step, so a resumed run repeats nothing."""
+        rng = random.Random(f"{name} {step}")
+        generator = torch.Generator().manual_seed(rng.randrange(2**62))
+        rows = [rng.randrange(len(self.cache.pairs)) for _ in range(self.batch)]
+        said = [data.paraphrase(data.objects()[self.cache.pairs[i][0]], self.cache.pairs[i][1], rng) for i in rows]
+        x0 = self.cache.x0[rows]
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        k = paper.draw_starts(stage, self.batch, generator).to(x0.device)
+        return Batch(start_from_pure_noise(x0, noise, stage.times.to(k.device)[k]), k, self.text(said))
+
+
+def trainable(unet: UNet2DConditionModel) -> list[torch.nn.Parameter]:
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+def match(
+    shop: Workshop, name: str, stage: Stage, student: UNet2DConditionModel, teacher: Predictor, steps: int
+) -> None:
+    """|| student's move - teacher's moves ||^2: stage 0 (section 3.6), and the MSE-only ablation."""
+    params, predict = trainable(student), predictors.of(student)
+    optimizer = torch.optim.Adam(params, lr=shop.rates.mse, betas=(0.9, 0.999))
+    path = shop.folder / f"{name}.pt"
+    log = Log(path.with_suffix(".jsonl"), steps, load(path, student=student, optimizer=optimizer))
+    for step in log.steps():
+        batch = shop.draw(stage, name, step)
+        loss = paper.mse_loss(paper.follow(stage, predict, batch), paper.teach(stage, teacher, batch))
+        _descend(optimizer, params, loss, cosine(step, steps, shop.rates.mse, warmup=20))
+        log.note(step, mse=loss)
+        if step % 100 == 0 or step == steps:
+            save(path, step, student=student, optimizer=optimizer)
+
+
+def switch_to_x0(shop: Workshop, name: str, stage: Stage, student: UNet2DConditionModel, frozen, steps: int) -> None:
+    """Make the student say x0 where its frozen copy says epsilon (section 3.7.3)."""
+    params, online, offline = trainable(student), predictors.of(student), predictors.of(frozen)
+    optimizer = torch.optim.Adam(params, lr=shop.rates.mse, betas=(0.9, 0.999))
+    path = shop.folder / f"{name}.pt"
+    log = Log(path.with_suffix(".jsonl"), steps, load(path, student=student, optimizer=optimizer))
+    for step in log.steps():
+        batch = shop.draw(stage, name, step)
+        t = stage.times.to(batch.k.device)[batch.k]
+        with torch.no_grad():
+            epsilon = offline(batch.x_t, t, batch.text)
+        loss = paper.x0_switch_loss(online(batch.x_t, t, batch.text), batch.x_t, epsilon, t)
+        _descend(optimizer, params, loss, cosine(step, steps, shop.rates.mse, warmup=20))
+        log.note(step, mse=loss)
+        if step % 100 == 0 or step == steps:
+            save(path, step, student=student, optimizer=optimizer)
+
+
+def fight(
+    shop: Workshop,
+    name: str,
+    stage: Stage,
+    student: UNet2DConditionModel,
+    teacher: Predictor,
+    steps: int,
+    conditional: bool,
+) -> None:
+    """Alternate a discriminator step and a student step; the discriminator starts anew from the base UNet."""
+    is_lora = any(".parametrizations." in key for key, _ in student.named_parameters())
+    rate = shop.rates.lora if is_lora else shop.rates.full
+    critic = Discriminator(shop.made.unet, conditional).to(device())
+    params, critic_params, predict = trainable(student), list(critic.parameters()), predictors.of(student)
+    optimizer = torch.optim.Adam(params, lr=rate, betas=(0.0, 0.99))
+    critic_optimizer = torch.optim.Adam(critic_params, lr=shop.rates.critic, betas=(0.0, 0.99))
+    path = shop.folder / f"{name}.pt"
+    parts = {"student": student, "critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
+    log = Log(path.with_suffix(".jsonl"), steps, load(path, **parts))
+    for step in log.steps():
+        batch = shop.draw(stage, name, step)
+        generator = torch.Generator().manual_seed(step)
+        noise = torch.randn(batch.x_t.shape, generator=generator).to(batch.x_t)
+        detail = not conditional and step > steps // 2
+        t_star = paper.draw_noised_times(len(noise), detail, generator).to(noise.device) if stage.noised else None
+        judge = partial(paper.judge, stage, critic, batch, t_star, noise)
+
+        real, fake = paper.teach(stage, teacher, batch), paper.follow(stage, predict, batch)
+        against = paper.critic_loss(judge(real), judge(fake.detach()))
+        _descend(critic_optimizer, critic_params, against, cosine(step, steps, shop.rates.critic, warmup=20))
+        mse = paper.mse_loss(fake, real)
+        for_it = paper.student_loss(judge(fake))
+        _descend(optimizer, params, for_it + shop.anchor * mse, cosine(step, steps, rate, warmup=20))
+        log.note(step, critic=against, student=for_it, mse=mse)
+        if step % 100 == 0 or step == steps:
+            save(path, step, **parts)
+
+
+def _descend(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], loss: Tensor, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    gradients = torch.autograd.grad(loss, params)  # of these only: a student step leaves the discriminator alone
+    for parameter, gradient in zip(params, gradients, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()

@@ -1,0 +1,30 @@
+"""What `make teacher` and `make distill` leave behind, at toy size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill import distill, teacher, toy
+
+SIZES = teacher.Sizes(
+    vae_steps=2, vae_crop_steps=2, decoder_steps=2, steps=2, batch=4, jitters=1, every=100, **toy.SMALL
+)
+PLAN = distill.Plan(
+    many=(1, 1), adversarial=((8, (1, 1, 1)), (4, (1, 1, 1)), (2, (1, 1, 1)), (1, (1, 0, 1))), switch=1, batch=4
+)
+
+
+@pytest.fixture(scope="session")
+def plan() -> distill.Plan:
+    return PLAN
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """The folder of all results, from an iteration or two of each phase."""
+    folder = tmp_path_factory.mktemp("runs")
+    teacher.main(folder, SIZES)
+    distill.main(folder, PLAN)
+    return folder
