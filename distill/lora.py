@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,7 +35,7 @@ class LowRank(nn.Module):
         return weight + (ALPHA / RANK) * (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
 
 
-def targets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+def targets(unet: UNet2DConditionModel) -> dict[str, Any]:
     return {
         name: module
         for name, module in unet.named_modules()

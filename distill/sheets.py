@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from distill.model import Model
 from distill.text import token_ids
 
 
-def montage(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+def montage(rows: Iterable[Iterable[np.ndarray]]) -> Image.Image:
     """Rows of (H, W, 3) uint8 pictures."""
     return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0))
 
@@ -54,7 +54,7 @@ def write_grid(made: Model, pairs: list[tuple[int, str]], path: Path, width: int
     prompts = [data.caption(things[i].name, background) for i, background in pairs]
     drawn = draw(made, prompts, noise_for(len(pairs)), **how)
     real = [data.draw(things[i].codepoint, background) for i, background in pairs]
-    rows: list[Sequence[np.ndarray]] = []
+    rows: list[np.ndarray | list[np.ndarray]] = []
     for start in range(0, len(pairs), width):
         rows += [drawn[start : start + width], real[start : start + width]]
     path.parent.mkdir(parents=True, exist_ok=True)
