@@ -11,7 +11,7 @@ PredictionType = Literal["epsilon", "sample"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One set of distilled weights: it knows its step count and what its UNet predicts, so neither can be mismatched."""
+    """One set of distilled weights, with its step count and what its UNet predicts: neither can be mismatched."""
 
     name: str
     file: str

@@ -1,7 +1,7 @@
 """Ahead-of-time compiled code for the CPU: built once in a process of its own, kept in a cache, loaded in milliseconds.
 
 The UNet is compiled without weights, for any batch size: each weight set is bound to the same code by reference. Text
-encoders never change, so theirs stay inside. The VAE's decoder is not here: compiled, it was slower (docs/performance.md).
+encoders never change, so theirs stay inside. The VAE's decoder is not here: compiled it was slower.
 On a GPU, and wherever no C++ compiler is found, everything runs as it is.
 """
 
@@ -69,7 +69,7 @@ def start_build(recipe: Recipe) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "models.compiled", recipe.store.family.name, str(recipe.cache)]
     command += [str(recipe.dtype).removeprefix("torch."), str(recipe.store.directory or "")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(  # noqa: S603: our own module, our own arguments
+    return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=lambda: os.nice(15)
     )
 

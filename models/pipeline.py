@@ -3,11 +3,12 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from models import weights
 from models.schedule import Schedule, euler_step, model_input
@@ -47,7 +48,7 @@ class TextEncoders(nn.Module):
 class Decoder(nn.Module):
     """The VAE's decoder with the way to bytes behind it, so that only bytes leave the device."""
 
-    def __init__(self, vae: nn.Module, scaling_factor: float, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, scaling_factor: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.vae, self.scaling_factor, self.dtype = vae, scaling_factor, dtype
 
@@ -58,6 +59,21 @@ class Decoder(nn.Module):
         pixels = (pixels / 2 + 0.5).clamp(0, 1)  # clamp keeps NaN
         sound = pixels.flatten(1).std(dim=1) >= FLAT  # False for NaN too
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sound
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pictures on their way to the host. pixels: (B, H, W, 3) uint8; sound: (B,) bool, False where a picture is NaN or
+    flat. On a GPU the copy is still under way until wait() returns."""
+
+    pixels: Tensor
+    sound: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Block this thread (not the GIL) until the pictures are on the host."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
 
 
 class Pipeline:
@@ -81,16 +97,17 @@ class Pipeline:
         self.latent_channels: int = vae_config["latent_channels"]
         self.vae_scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent, 8
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
+        self._stream = torch.cuda.Stream() if device.startswith("cuda") else None
 
-    def _text_encoder(self, store: weights.WeightStore, part: str, kind: type[nn.Module]) -> nn.Module:
-        config = CLIPTextConfig.from_dict(store.config(part))
-        return self._filled(kind(config), store, part)
+    def _text_encoder(self, store: weights.WeightStore, part: str, kind: type[PreTrainedModel]) -> nn.Module:
+        return self._filled(kind(CLIPTextConfig.from_dict(store.config(part))), store, part)
 
     def _filled(self, module: nn.Module, store: weights.WeightStore, part: str) -> nn.Module:
         state = weights.read(store.component_file(part))
         state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
         fill(module, state, part)
-        return module.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
@@ -149,14 +166,28 @@ class Pipeline:
         return euler_step(latents, out.float(), sigma, sigma_next, schedule.prediction_type)
 
     def _time_ids(self, height: int, width: int) -> Tensor:
-        # SDXL's micro-conditioning: original size, crop corner, target size, in the embeddings' dtype as diffusers has it
+        # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers
         ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype)
         return ids.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, H, W, 3) uint8, and (B,) bool, False where a picture is NaN or flat. Both on the device."""
-        return self.decoder(latents)
+    def decode(self, latents: Tensor) -> Decoded:
+        """Begin to turn latents (B, 4, h, w) into pictures on the host. On a GPU this runs beside the next steps, on a
+        stream of its own, and copies into pinned memory."""
+        if self._stream is None:
+            return Decoded(*self.decoder(latents))
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            latents.record_stream(self._stream)
+            on_host = []
+            for part in self.decoder(latents):
+                on_host.append(torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True))
+            return Decoded(on_host[0], on_host[1], self._stream.record_event())
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self._stream is not None:
+            torch.cuda.current_stream().synchronize()
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
@@ -166,7 +197,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
 
 
 def check_fit(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Raises weights.BadWeights unless `state` has the tensors of `module`, by name and shape; `name` is for the text."""
+    """Raises weights.BadWeights, naming `name`, unless `state` has the tensors of `module` by name and shape."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if expected != found:

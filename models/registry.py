@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -101,7 +102,7 @@ class Registry:
                 self._loading.discard(name)
 
     def unload(self, name: str) -> None:
-        """Forget a variant's weights; unknown or absent names are no error. The active set stays until the next use()."""
+        """Forget a variant's weights; absent names are no error. The active set stays until the next use()."""
         with self._lock:
             self._bound.pop(name, None)
             for tier in self._sets:
@@ -198,7 +199,7 @@ class Registry:
         }
 
 
-def _fuse_lora(unet: UNet2DConditionModel, state: WeightSet, variant: Variant) -> None:
+def _fuse_lora(unet: Any, state: WeightSet, variant: Variant) -> None:
     """Add a kohya-format LoRA to a UNet's weights, with diffusers' and peft's own code."""
     try:
         lora, alphas = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=unet.config)

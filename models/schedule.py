@@ -1,4 +1,4 @@
-"""The sampling schedule: tables from diffusers' own scheduler, and the Euler step over them, each row at its own step."""
+"""The schedule: tables from diffusers' own scheduler, and the Euler step over them, each row at its own step."""
 
 from dataclasses import dataclass
 

@@ -79,10 +79,10 @@ class WeightStore:
             here.append(name)
         return here
 
-    def verify(self, name: str) -> None:
+    def verify(self, name: str, download: bool = False) -> None:
         """Check a variant's file against its published SHA-256 (where there is one) and read its header.
         Raises MissingWeights, BadWeights."""
-        path = self.variant_file(name, download=False)
+        path = self.variant_file(name, download)
         check_header(path)
         expected = self.family.sha256.get(path.name)
         if expected and _sha256(path) != expected:

@@ -1,0 +1,62 @@
+# Every target makes what it needs. HOST, PORT, MODEL and every other setting may be given as make variables.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: serve test check format bench bench-gpu teacher distill evaluate lock clean
+
+serve: .venv/served
+	@exec $(BIN)/sdxl-lightning serve
+
+test: .venv/developed system-packages
+	$(BIN)/python -m pytest
+
+check: .venv/developed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/developed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/developed
+	$(BIN)/python -m bench
+
+teacher: .venv/developed system-packages
+	$(BIN)/python -m distill.teacher
+
+distill: .venv/developed system-packages
+	$(BIN)/python -m distill.distill
+
+evaluate: .venv/developed system-packages
+	$(BIN)/python -m distill.evaluate
+
+# What pip resolved, to be read as constraints; the editable install itself is left out.
+lock: .venv/developed
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; /^sdxl-lightning/d' > requirements.lock
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	@echo "Making .venv; the first time this takes a minute or two."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/it"; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+.venv/served: .venv/bin/python requirements.lock pyproject.toml
+	@$(PIP) install --constraint requirements.lock --editable .
+	@touch $@
+
+.venv/developed: .venv/served
+	@$(PIP) install --constraint requirements.lock --editable '.[distill,bench,dev]'
+	@touch $@
+
+# What tests and training need from the system: the emoji font, a browser, promtool.
+FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+.PHONY: system-packages
+system-packages:
+	@if [ ! -e $(FONT) ] || ! command -v chromium >/dev/null || ! command -v promtool >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends fonts-noto-color-emoji chromium prometheus >/dev/null; \
+	  else echo "Please install Noto Color Emoji, chromium and promtool (Debian: apt-get install fonts-noto-color-emoji chromium prometheus); tests that need them fail without."; fi; fi

@@ -1,0 +1,40 @@
+"""What an Accept header asks for: JSON, or a bare picture in one of our formats."""
+
+from app.images import MEDIA_TYPES
+from app.problems import NotAcceptable
+from app.schemas import GenerateRequest
+
+JSON = ("application/json", "application/*", "*/*")
+
+
+def choose_format(accept: str | None, body: GenerateRequest) -> str | None:
+    """The format of a bare picture, or None for JSON. Raises NotAcceptable (RFC 9110, 12.5.1)."""
+    wanted = _parse(accept or "*/*")
+    json_quality = max((wanted.get(media, 0.0) for media in JSON), default=0.0)
+    pictures = {name: max(wanted.get(media, 0.0), wanted.get("image/*", 0.0)) for name, media in MEDIA_TYPES.items()}
+    best = max(pictures.values())
+    explicit_json = wanted.get("application/json", 0.0)
+    if best <= 0 or best < explicit_json:
+        if json_quality <= 0:
+            raise NotAcceptable("ask for application/json or image/*", "accept")
+        return None
+    if body.n > 1:
+        raise NotAcceptable("a bare picture needs n = 1; ask for application/json to get several", "n")
+    if pictures[body.output_format] == best:
+        return body.output_format
+    if "output_format" in body.model_fields_set:
+        raise NotAcceptable(f"the Accept header excludes output_format {body.output_format!r}", "output_format")
+    return next(name for name, quality in pictures.items() if quality == best)
+
+
+def _parse(accept: str) -> dict[str, float]:
+    """Media ranges by name with their quality, 0 to 1; what cannot be read counts as quality 0."""
+    ranges = {}
+    for part in accept.split(","):
+        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        quality = next((value[2:] for value in parameters if value.startswith("q=")), "1")
+        try:
+            ranges[media] = min(1.0, max(0.0, float(quality)))
+        except ValueError:
+            ranges[media] = 0.0
+    return ranges

@@ -1,0 +1,97 @@
+"""Measured costs: what a step and a decode take at each batch size. They choose the batch and price a queue."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from app.engine.jobs import Row
+
+GOOD_ENOUGH = 0.95  # of the best images/s: a larger batch would only add latency
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """Seconds of a UNet step and of a VAE decode by batch size, measured at warm-up at one picture size.
+
+    step, decode: seconds by batch size, from 1 up. pixels: of the measured pictures; other sizes are priced in
+    proportion. encode: seconds to encode one prompt.
+    """
+
+    step: dict[int, float]
+    decode: dict[int, float]
+    encode: float
+    pixels: int
+
+    def step_seconds(self, batch: int, pixels: int) -> float:
+        """What one UNet call on `batch` rows takes."""
+        return _interpolate(self.step, batch) * pixels / self.pixels
+
+    def decode_seconds(self, batch: int, pixels: int) -> float:
+        """What decoding `batch` pictures together takes."""
+        return _interpolate(self.decode, batch) * pixels / self.pixels
+
+    @property
+    def best_batch(self) -> int:
+        """The smallest batch of a UNet step that reaches 95 % of the best images/s."""
+        return _smallest_good(self.step)
+
+    @property
+    def best_decode_batch(self) -> int:
+        """The same for the VAE."""
+        return _smallest_good(self.decode)
+
+    def alone(self, row: Row) -> float:
+        """The least time from now to the row's picture, if it had the device for itself."""
+        return row.steps_left * self.step_seconds(1, row.pixels) + self.decode_seconds(1, row.pixels)
+
+    def work(self, rows: Iterable[Row]) -> float:
+        """Device seconds to finish these rows, batched as the scheduler would batch them."""
+        return sum(self.shares(rows).values())
+
+    def shares(self, rows: Iterable[Row]) -> dict[int, float]:
+        """Each row's share of the device seconds, by id: its steps and decode in the batches its group allows."""
+        groups: dict[tuple[str, int, int], list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.group, []).append(row)
+        shares = {}
+        for group in groups.values():
+            pixels = group[0].pixels
+            batch, decodes = min(len(group), self.best_batch), min(len(group), self.best_decode_batch)
+            step = self.step_seconds(batch, pixels) / batch
+            decode = self.decode_seconds(decodes, pixels) / decodes + self.encode
+            shares.update({row.id: row.steps_left * step + decode for row in group})
+        return shares
+
+    def scaled(self, by: float) -> "Costs":
+        """The same table where everything takes `by` times as long: a machine that is busier than at warm-up."""
+        return Costs(
+            {batch: seconds * by for batch, seconds in self.step.items()},
+            {batch: seconds * by for batch, seconds in self.decode.items()},
+            self.encode * by,
+            self.pixels,
+        )
+
+    def capped(self, batch: int) -> "Costs":
+        """The same table without the batch sizes above `batch`: larger ones do not fit into memory."""
+        return Costs(
+            {size: seconds for size, seconds in self.step.items() if size <= batch},
+            {size: seconds for size, seconds in self.decode.items() if size <= batch},
+            self.encode,
+            self.pixels,
+        )
+
+
+def _smallest_good(table: dict[int, float]) -> int:
+    best = max(batch / seconds for batch, seconds in table.items())
+    return min(batch for batch, seconds in table.items() if batch / seconds >= GOOD_ENOUGH * best)
+
+
+def _interpolate(table: dict[int, float], batch: int) -> float:
+    """Linear between measured sizes; above the largest, in proportion to it."""
+    if batch in table:
+        return table[batch]
+    largest = max(table)
+    if batch > largest:
+        return table[largest] * batch / largest
+    below = max(size for size in table if size < batch)
+    above = min(size for size in table if size > batch)
+    return table[below] + (table[above] - table[below]) * (batch - below) / (above - below)

@@ -1,0 +1,43 @@
+"""Measure at start-up what a step and a decode take at each batch size on this machine."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from app.engine.costs import Costs
+from models.pipeline import Pipeline
+from models.registry import Registry
+
+REPEATS = 3  # after one call that is not counted; the fastest is kept, since a shared machine only ever adds time
+
+
+def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, max_batch: int) -> Costs:
+    """Time the resident `variant` on square pictures of `pixels` a side, at batch sizes 1, 2, 4, ... max_batch."""
+    unet, schedule = registry.use(variant), registry.schedules[variant]
+    noise = pipeline.noise(0, pixels, pixels, schedule)
+    conditioning = pipeline.encode(["a warm-up"])[0]
+    step, decode = {}, {}
+    batch = 1
+    while batch <= max_batch:
+        latents = noise.repeat(batch, 1, 1, 1)
+        index = torch.zeros(batch, dtype=torch.int64, device=pipeline.device)
+        rows = [conditioning] * batch
+        step[batch] = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, index, rows))  # noqa: B023
+        decode[batch] = _seconds(pipeline, lambda: pipeline.decode(latents).wait())  # noqa: B023
+        batch *= 2
+    prompts = iter(range(1000))
+    encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {next(prompts)}"]))
+    return Costs(step, decode, encode, pixels * pixels)
+
+
+def _seconds(pipeline: Pipeline, call: Callable[[], object]) -> float:
+    call()
+    pipeline.synchronize()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        pipeline.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)

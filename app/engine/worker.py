@@ -1,0 +1,157 @@
+"""The process that owns one device. It warms up, serves its pipe, and leaves with it; torch lives from here down.
+
+Run by app.engine.client as `python -m app.engine.worker FD CONFIG`.
+"""
+
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import torch
+
+from app.engine.config import EngineConfig
+from app.engine.costs import Costs
+from app.engine.loop import Loop
+from app.engine.messages import Fatal, FromEngine, Ready, frame, receive
+from app.engine.warmup import measure
+from models import compiled
+from models.catalog import CATALOG, Family
+from models.pipeline import Pipeline
+from models.registry import OverBudget, Registry, Tier
+from models.weights import BadWeights, MissingWeights, WeightStore
+
+DEFAULT_VARIANT = "4step-unet"
+MAX_BATCH = {"cpu": 16, "cuda": 8}  # rows; the cost table may choose fewer. SDXL at 1024 px is flat after 8 on an H100.
+
+
+class Wire:
+    """The engine's end of the socket: a thread that reads into the loop's inbox, and one that writes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._outbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True, name="write").start()
+
+    def send(self, message: FromEngine) -> None:
+        """Put a message on the wire; never blocks."""
+        self._outbox.put(message)
+
+    def feed(self, loop: Loop) -> None:
+        """Read what arrives into the loop's inbox, in a thread of its own."""
+        threading.Thread(target=self._read, args=(loop,), daemon=True, name="read").start()
+
+    def last_word(self, message: FromEngine) -> None:
+        """Send a message at once, before the process ends."""
+        self._sock.sendall(frame(message))
+
+    def _write(self) -> None:
+        while True:
+            try:
+                self._sock.sendall(frame(self._outbox.get()))
+            except OSError:
+                os._exit(0)  # the HTTP process has gone, and with it everybody who waits
+
+    def _read(self, loop: Loop) -> None:
+        while True:
+            try:
+                loop.inbox.put(receive(self._sock))
+            except (EOFError, OSError):
+                os._exit(0)
+
+
+def choose_family(config: EngineConfig, device: str) -> Family:
+    """SDXL where it is asked for, or where there is a GPU and its weights are here; else the embedded model."""
+    if config.model is not None:
+        return CATALOG[config.model]
+    sdxl = CATALOG["sdxl"]
+    directory = Path(config.directory) if config.directory else None
+    return sdxl if device == "cuda" and WeightStore(sdxl, directory).is_complete() else CATALOG["embedded"]
+
+
+def choose_dtype(config: EngineConfig, device: str) -> torch.dtype:
+    """What was asked for; else float16 on a GPU, and bfloat16 on a CPU that computes it in hardware."""
+    if config.dtype is not None:
+        return getattr(torch, config.dtype)
+    if device == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe | None]:
+    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    dtype, family = choose_dtype(config, device), choose_family(config, device)
+    store = WeightStore(family, Path(config.directory) if config.directory else None)
+    pipeline = Pipeline(store, device, dtype)
+    tiers = [Tier("cuda", config.device_budget), Tier("cpu", config.host_budget, pinned=True)]
+    registry = Registry(store, device, dtype, tiers if device == "cuda" else [Tier("cpu", config.host_budget)])
+    preload = list(family.variants) if family.name == "embedded" else [DEFAULT_VARIANT]
+    for name in preload:
+        registry.load(name)
+    recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and device == "cpu" else None
+    if recipe is not None and recipe.is_built():
+        pipeline.text = compiled.load_text(recipe)
+        registry.use_compiled(compiled.load_unet(recipe))
+    loop = Loop(pipeline, registry, _measured(config, pipeline, registry, preload[0]), wire.send)
+    loop.compiled = registry.bind is not None
+    return loop, recipe
+
+
+def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, variant: str) -> Costs:
+    max_batch = config.max_batch or MAX_BATCH[pipeline.device]
+    return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch)
+
+
+def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> None:
+    """Build the compiled code beside the service, then change over between two turns."""
+    building = compiled.start_build(recipe)
+
+    def swap_in() -> None:
+        loop.pipeline.text = compiled.load_text(recipe)
+        loop.registry.use_compiled(compiled.load_unet(recipe))
+        loop.compiled = True
+        variant = next(row.name for row in loop.registry.status() if row.state == "resident")
+        loop.replace_costs(_measured(config, loop.pipeline, loop.registry, variant))
+        print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
+
+    def wait() -> None:
+        _, errors = building.communicate()
+        if building.returncode == 0:
+            loop.inbox.put(swap_in)
+        else:
+            last = errors.decode(errors="replace").strip().splitlines()[-1:]
+            print(json.dumps({"event": "compilation failed; serving without it", "reason": last}), file=sys.stderr)
+
+    threading.Thread(target=wait, daemon=True, name="compile").start()
+
+
+def main() -> None:
+    """Serve one device until the pipe closes."""
+    # Signals to the process group are the HTTP process's business: the engine leaves when its pipe does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wire = Wire(socket.socket(fileno=int(sys.argv[1])))
+    config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
+    try:
+        loop, recipe = build_loop(config, wire)
+    except (MissingWeights, BadWeights, OverBudget) as error:
+        wire.last_word(Fatal(str(error)))
+        raise SystemExit(f"the engine cannot start: {error}") from error
+    wire.feed(loop)
+    family = loop.registry.store.family.name
+    dtype = str(loop.pipeline.dtype).removeprefix("torch.")
+    wire.send(Ready(family, loop.pipeline.device, dtype, loop.costs, loop.report()))
+    if recipe is not None and not loop.compiled and compiled.can_build():
+        compile_later(config, loop, recipe)
+    loop.run()
+
+
+if __name__ == "__main__":
+    main()

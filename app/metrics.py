@@ -1,0 +1,50 @@
+"""Prometheus metrics, in base units and with few labels. Nothing here names a prompt, a seed or a client."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+OUTCOMES = ("ok", "invalid", "refused", "expired", "dropped", "failed")
+
+
+class Metrics:
+    """All series of one server. received = the sum of requests over all outcomes, once nothing is in flight."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.received = Counter(
+            "sdxl_requests_received", "Requests to POST /generate, counted as they arrive.", registry=registry
+        )
+        self.requests = Counter(
+            "sdxl_requests", "Requests by how they ended.", ["variant", "outcome"], registry=registry
+        )
+        self.images = Counter("sdxl_images", "Pictures drawn.", ["variant"], registry=registry)
+        self.waiting = Gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.", registry=registry)
+        self.running = Gauge(
+            "sdxl_images_running", "Pictures between their first step and their answer.", registry=registry
+        )
+        self.queue = self._seconds("sdxl_queue_seconds", "Time from the engine's door to the first step.")
+        self.encode = self._seconds("sdxl_encode_seconds", "One call of the text encoders.")
+        self.denoise = self._seconds("sdxl_denoise_step_seconds", "One call of the UNet.")
+        self.decode = self._seconds("sdxl_decode_seconds", "One call of the VAE's decoder.")
+        self.image_encode = self._seconds("sdxl_image_encode_seconds", "One picture to PNG, JPEG or WebP.")
+        self.total = self._seconds("sdxl_request_seconds", "A successful request from its arrival to its answer.")
+        self.batch = Histogram(
+            "sdxl_batch_rows",
+            "Rows in one call of the UNet.",
+            ["variant"],
+            buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
+            registry=registry,
+        )
+        self.resident = Gauge("sdxl_variant_resident_bytes", "Weights held in memory.", ["variant"], registry=registry)
+        self.device_bytes = Gauge("sdxl_gpu_memory_bytes", "GPU memory in use by the engine.", registry=registry)
+        self.switches = Gauge(
+            "sdxl_variant_switches", "Changes of the active variant in this engine.", registry=registry
+        )
+        self.ready = Gauge("sdxl_ready", "1 while the server takes requests.", registry=registry)
+        self.restarts = Counter("sdxl_engine_restarts", "Engine processes that ended unasked.", registry=registry)
+        self.step_cost = Gauge(
+            "sdxl_step_cost_seconds", "Measured at warm-up: one UNet call.", ["batch"], registry=registry
+        )
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, buckets=SECONDS, registry=self.registry)

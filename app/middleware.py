@@ -1,0 +1,105 @@
+"""What every request passes on its way in and out: its id, the limit on its body, the ledger and the log line."""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.metrics import Metrics
+
+BODY_LIMIT = 64 << 10  # bytes; a prompt of 2,000 characters takes 12 KB at most, fully escaped 24 KB
+SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+OUTCOMES = {200: "ok", 429: "refused", 503: "refused", 504: "expired"}
+
+log = logging.getLogger("app.http")
+
+
+class Front:
+    """Pure ASGI, so that a handler hears of its client leaving. Counts each POST /generate exactly once:
+    what it received, and how it ended."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; other scopes pass."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["request_id"] = _request_id(Headers(scope=scope))
+        start, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = state["request_id"]
+            await send(message)
+
+        counts = scope["method"] == "POST" and scope["path"] == "/generate"
+        self.in_flight += counts
+        if counts:
+            self.metrics.received.inc()
+        try:
+            await self.app(scope, _limited(receive), send_with_id)
+        finally:
+            self.in_flight -= counts
+            seconds = time.monotonic() - start
+            if counts:
+                self._settle(state, status, seconds)
+            _log_line(scope, state, status, seconds)
+
+    def _settle(self, state: MutableMapping[str, Any], status: int, seconds: float) -> None:
+        outcome = "dropped" if state.get("client_left") or status == 0 else _outcome(state, status)
+        self.metrics.requests.labels(state.get("variant", ""), outcome).inc()
+        if outcome == "ok":
+            self.metrics.total.observe(seconds)
+
+
+def _outcome(state: MutableMapping[str, Any], status: int) -> str:
+    if status >= 500 and status not in (503, 504):
+        return "failed"
+    if state.get("accepted") and status == 503:
+        return "failed"  # it was let in, and lost with the engine
+    return OUTCOMES.get(status, "invalid")
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _limited(receive: Receive) -> Receive:
+    read = 0
+
+    async def limited() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > BODY_LIMIT:
+            raise HTTPException(413, f"the body is larger than the limit of {BODY_LIMIT} bytes")
+        return message
+
+    return limited
+
+
+def _log_line(scope: Scope, state: MutableMapping[str, Any], status: int, seconds: float) -> None:
+    if scope["path"] in ("/live", "/ready", "/metrics") and status < 400:
+        return
+    fields = {
+        "id": state["request_id"],
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status or "client left",
+        "variant": state.get("variant", ""),
+        "ms": round(seconds * 1000, 1),
+    }
+    log.info("request", extra={"fields": fields})

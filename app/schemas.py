@@ -1,0 +1,135 @@
+"""The wire format of the public API: what may be asked, and what is answered."""
+
+from typing import Any, Literal, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+SEED_LIMIT = 2**32
+ABSENT = -1  # a seed that no request can name
+STEPS = (1, 2, 4, 8)
+
+
+class GenerateRequest(BaseModel):
+    """A picture, or up to 8 of them, from a prompt."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra={"examples": [{"prompt": "a red apple on a blue background", "steps": 4, "seed": 7}]},
+    )
+
+    prompt: StrictStr = Field(min_length=1, max_length=2000, description="what to draw")
+    steps: StrictInt = Field(
+        default_factory=int,
+        ge=1,
+        validation_alias=AliasChoices("steps", "num_inference_steps"),
+        description="1, 2, 4 or 8 (4 if absent); alone, it means the UNet variant",
+        json_schema_extra={"enum": [1, 2, 4, 8]},
+    )
+    variant: StrictStr = Field(
+        default_factory=str,
+        validation_alias=AliasChoices("variant", "model"),
+        max_length=64,
+        description="weights by name, as GET /v1/models lists them, e.g. 4step-lora",
+    )
+    n: StrictInt = Field(1, ge=1, le=8, description="number of pictures; picture k has seed + k")
+    seed: StrictInt = Field(default_factory=lambda: ABSENT, ge=0, lt=SEED_LIMIT, description="random if absent")
+    width: StrictInt = Field(default_factory=int, ge=8, le=4096, description="pixels; the model's own size if absent")
+    height: StrictInt = Field(default_factory=int, ge=8, le=4096, description="pixels; the model's own size if absent")
+    size: StrictStr = Field(
+        default_factory=str, pattern=r"^\d{1,4}x\d{1,4}$", description="WIDTHxHEIGHT, instead of width and height"
+    )
+    guidance_scale: StrictFloat = Field(0.0, description="0 or absent: Lightning has no guidance")
+    negative_prompt: StrictStr = Field("", max_length=2000, description="empty or absent: Lightning has no guidance")
+    output_format: OutputFormat = Field("png", description="png is lossless")
+    quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
+    timeout: StrictFloat = Field(
+        default_factory=float,
+        gt=0,
+        description="seconds after which the answer is of no use; 30 if absent",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_nulls(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, value in data.items():
+                if value is None:
+                    raise _refusal(name, "null is not accepted; leave the field out to get its default")
+        return data
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.steps not in (0, *STEPS):
+            raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
+        if self.guidance_scale != 0:
+            raise _refusal("guidance_scale", "must be 0 or absent: SDXL-Lightning is distilled to run without guidance")
+        if self.negative_prompt:
+            raise _refusal(
+                "negative_prompt", "must be empty or absent: it acts through guidance, which Lightning has none of"
+            )
+        if self.size and (self.width or self.height):
+            raise _refusal("size", "cannot be given together with width or height")
+        if self.seed >= 0 and self.seed + self.n > SEED_LIMIT:
+            raise _refusal("seed", f"must be at most {SEED_LIMIT - self.n} for n = {self.n}, as picture k has seed + k")
+        return self
+
+
+def _refusal(field: str, text: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
+
+
+class Image(BaseModel):
+    """One picture."""
+
+    b64_json: str
+    seed: int
+
+
+class GenerateResponse(BaseModel):
+    """The pictures, and how they came about. timings_ms: by stage, the slowest picture's. batch_sizes: rows in each
+    denoising step of the first picture."""
+
+    id: str
+    created: int
+    variant: str
+    width: int
+    height: int
+    prompt_truncated: bool
+    images: list[Image]
+    timings_ms: dict[str, float]
+    batch_sizes: list[int]
+
+
+class ModelCard(BaseModel):
+    """A variant in OpenAI's list format, with ours beside it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    steps: int
+    state: str
+    resident_bytes: int
+
+
+class ModelList(BaseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ProblemBody(BaseModel):
+    """RFC 9457 problem+json."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    field: str | None = None
+    request_id: str | None = None

@@ -1,0 +1,63 @@
+"""uvicorn, with a drain: after SIGTERM or SIGINT accepted requests finish, and new ones are told to go elsewhere."""
+
+import logging
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.engine.client import EngineClient
+from app.settings import Settings
+
+log = logging.getLogger("app.server")
+
+SECOND_S = 1.0  # make and a terminal both signal the group: two signals within this time are one
+KEEP_ALIVE_S = 75  # above the 60 s that load balancers keep a connection, so that they close first
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that keeps its port open while it drains."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._engine: EngineClient = app.state.engine
+        self._drain_s = settings.drain_s
+        self._draining_since: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a later second SIGINT ends at once."""
+        now = time.monotonic()
+        if self._draining_since is None:
+            self._draining_since = now
+            self._engine.draining = True
+        elif now - self._draining_since > SECOND_S:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second."""
+        if self._engine.fatal is not None:
+            log.error(self._engine.fatal)
+            self.should_exit = True
+        if self._draining_since is not None and not self.should_exit:
+            waited = time.monotonic() - self._draining_since
+            self.should_exit = not self._engine.is_busy or waited > self._drain_s
+        return await super().on_tick(counter)
+
+
+def serve(app: FastAPI, settings: Settings) -> int:
+    """Serve until told to stop; returns the process's exit code."""
+    server = Server(app, settings)
+    server.run()
+    return 1 if app.state.engine.fatal or not server.started else 0

@@ -1,0 +1,70 @@
+"""All settings, from environment variables or flags of the same names; the README's table lists them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.engine.config import EngineConfig
+
+GIB = 2**30
+
+
+class EngineSettings(BaseSettings):
+    """What a run of the model needs, with or without a server."""
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, env_ignore_empty=True)
+
+    model: Literal["embedded", "sdxl"] | None = Field(
+        None, description="the model family; by default sdxl if CUDA and its weights are there, else embedded"
+    )
+    model_dir: Path | None = Field(None, description="a local directory with the family's files, instead of the hub")
+    device: Literal["cpu", "cuda"] | None = Field(None, description="by default cuda if there is one, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="by default float16 on CUDA; on a CPU bfloat16 where it has it in hardware, else float32"
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="torch's threads on a CPU; by default all cores")
+    max_batch: int | None = Field(
+        None, ge=1, le=64, description="largest batch to measure; by default 16 on a CPU, 8 on CUDA"
+    )
+    device_budget_gib: float = Field(24.0, gt=0, description="GPU memory for weight sets, GiB")
+    host_budget_gib: float = Field(16.0, gt=0, description="host memory for weight sets, GiB (pinned on CUDA)")
+    compile: bool = Field(True, description="compile the embedded UNet and text encoders ahead of time on a CPU")
+    cache_dir: Path = Field(
+        Path("~/.cache/sdxl-lightning-server"), description="where compiled code is kept; safe to delete"
+    )
+
+    def engine_config(self) -> EngineConfig:
+        """The part that the engine process is told."""
+        return EngineConfig(
+            model=self.model,
+            directory=str(self.model_dir.expanduser().resolve()) if self.model_dir else "",
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            max_batch=self.max_batch,
+            device_budget=int(self.device_budget_gib * GIB),
+            host_budget=int(self.host_budget_gib * GIB),
+            compile=self.compile,
+            cache=str(self.cache_dir.expanduser()),
+        )
+
+
+class Settings(EngineSettings):
+    """The server's settings."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    queue_limit: int = Field(256, ge=1, le=100_000, description="pictures accepted and not finished; more get a 429")
+    timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
+    max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
+    drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
+
+    @field_validator("max_timeout_s")
+    @classmethod
+    def _covers_default(cls, value: float, info) -> float:
+        if value < info.data.get("timeout_s", 0):
+            raise ValueError("must not be below TIMEOUT_S")
+        return value
