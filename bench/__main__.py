@@ -1,0 +1,96 @@
+"""Our server against a plain FastAPI app and a tuned LitServe, over HTTP, side by side in one run."""
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+
+from bench import fidelity, overhead, report
+from bench.contenders import CONTENDERS, Contender
+from bench.load import closed_loop
+from bench.progress import progress
+from bench.rounds import LOADS, closed, opened
+from bench.start import start
+from bench.tuning import Tuned, choices, tune
+from bench.work import EVEN_MIX, prompts, stream
+
+PARTS = ("fidelity", *(load.name for load in LOADS), "open", "overhead")
+WARM_UP_S = 3.0
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="of each closed loop")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of every contender")
+    parser.add_argument("--no-sweep", action="store_true", help="peers at batch 16, 5 ms, bfloat16, untuned")
+    return parser.parse_args()
+
+
+async def warm_up(contenders: list[Contender]) -> None:
+    """A short load for everyone, not counted."""
+    for contender in progress(contenders, "warming up"):
+        async with contender.turn() as client:
+            await closed_loop(client, stream("warm-up", EVEN_MIX), 16, WARM_UP_S, warm_s=0)
+
+
+async def run(contenders: list[Contender], options: argparse.Namespace, results: report.Results) -> None:
+    """All parts, in order; fills and prints the results."""
+    await warm_up(contenders)
+    for peer in contenders:
+        if peer.name != "ours":
+            last = choices(peer.name)[-2]
+            untuned = Tuned(last, last)
+            results.tuned[peer.name] = untuned if options.no_sweep else await tune(peer, options.seconds / 4)
+            await peer.apply(results.tuned[peer.name].mix)
+    if not options.no_sweep:
+        report.show_tuned(results.tuned)
+    if "fidelity" in options.only:
+        truth = fidelity.reference(fidelity.requests(), options.threads)
+        results.fidelity = [await fidelity.measure(each, truth) for each in progress(contenders, "fidelity")]
+        report.show_fidelity(results.fidelity)
+    for load in LOADS:
+        if load.name in options.only:
+            results.closed[load.name] = await closed(contenders, results.tuned, load, options.rounds, options.seconds)
+            report.show_rows(load.title, results.closed[load.name])
+    if "open" in options.only and "mix" in results.closed:
+        capacity = {row.contender: row.images_per_s for row in results.closed["mix"]}
+        results.opened = await opened(contenders, results.tuned, capacity, options.seconds)
+        for rate, rows in results.opened.items():
+            report.show_rows(f"open loop, even mix, {rate:.1f} requests/s", rows)
+    ours = [each for each in contenders if each.name == "ours"]
+    if "overhead" in options.only and ours:
+        results.overhead = await overhead.measure(ours[0], max(2, round(2 * options.seconds)), options.threads)
+        report.show_overhead(results.overhead)
+
+
+def main() -> None:
+    """Run it; the servers are ended whatever happens."""
+    options, began = parse(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    results = report.Results(report.machine(), vars(options))
+    report.show_machine(results.machine)
+    rules = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
+    print(report.RULES.format(**rules, prompts=f"{len(prompts()):,}"))
+    contenders = [CONTENDERS[name](options.threads) for name in options.contenders]
+    try:
+        start(contenders)
+        asyncio.run(run(contenders, options, results))
+    finally:
+        for contender in contenders:
+            contender.end()
+    results.ratio_4step = report.ratio(results.closed.get("four", []))
+    results.ratio = report.ratio(results.closed.get("mix", []))
+    results.took_s = round(time.monotonic() - began)
+    results.save()
+    print(f"\ntook {results.took_s:.0f} s; written to {report.RESULTS}")
+    print(f"ratio_to_best_peer_4step: {results.ratio_4step if results.ratio_4step is not None else 'not measured'}")
+    print(f"ratio_to_best_peer: {results.ratio if results.ratio is not None else 'not measured'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The same even mix for people who use locust:
+
+locust -f bench/locustfile.py --headless -u 16 -r 16 -t 20s -H http://127.0.0.1:8000
+"""
+
+import sys
+from pathlib import Path
+
+from locust import FastHttpUser, constant, task
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # locust is a script of its own: it does not look here
+
+from bench.work import EVEN_MIX, stream
+
+WORK = stream("locust", EVEN_MIX)  # all users draw from one stream
+
+
+class Painter(FastHttpUser):
+    """Asks for a picture again as soon as the last one came."""
+
+    wait_time = constant(0)
+
+    @task
+    def generate(self) -> None:
+        """One picture; reported by its step count."""
+        ask = next(WORK)
+        headers = {"content-type": "application/json", "accept": "image/png"}
+        name = f"/generate, {ask.steps} steps"
+        with self.client.post(
+            "/generate", data=ask.body().decode(), headers=headers, name=name, catch_response=True
+        ) as reply:
+            if reply.status_code == 200 and not reply.content.startswith(b"\x89PNG"):
+                reply.failure("no PNG")

@@ -1,0 +1,144 @@
+"""What is printed and what is kept."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench.fidelity import MEAN_GATE, MIN_GATE, Fidelity
+from bench.overhead import AIM_MS, Overhead
+from bench.rounds import Row
+from bench.tuning import Tuned, describe
+
+RESULTS = Path(__file__).with_name("results") / "cpu.json"
+HEADER = ("contender", "images/s", "p50 ms", "p95 ms", "p99 ms", "sent", "refused", "failed", "settings")
+RULES = """\
+Every contender: the same weights, prompts, seeds and order; a seed for each request; PNG by fpng; {threads} torch
+threads and one long-lived inference thread; channels_last, inference_mode, no guidance, no progress bars; warmed up.
+Peers run diffusers' pipeline as it is, not compiled, one in memory for each variant. Loads go round by round from one
+contender to the next; medians over {rounds} rounds of {seconds:g} s. The load generator (asyncio, raw HTTP/1.1) shares
+the cores with the servers; resting peers are stopped (SIGSTOP). Prompts are drawn from all {prompts} of the vocabulary;
+ours may cache the embeddings of 1,024 of them."""
+
+
+@dataclass
+class Results:
+    """Everything that one run found."""
+
+    machine: dict[str, Any]
+    options: dict[str, Any]
+    tuned: dict[str, Tuned] = field(default_factory=dict)
+    fidelity: list[Fidelity] = field(default_factory=list)
+    closed: dict[str, list[Row]] = field(default_factory=dict)
+    opened: dict[float, list[Row]] = field(default_factory=dict)
+    overhead: Overhead | None = None
+    ratio_4step: float | None = None
+    ratio: float | None = None
+    took_s: float = 0.0
+
+    def save(self, path: Path = RESULTS) -> None:
+        """Write them as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What this ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "litserve", "fastapi")},
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def show_machine(found: dict[str, Any]) -> None:
+    """One line; and a warning where the figures would mean little."""
+    print("machine: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items()))
+    if found["load_before"] > 0.5:
+        print("warning: something else is running here (see the load); the figures below are worth little")
+
+
+def show_rows(title: str, rows: Sequence[Row]) -> None:
+    """One load as a table."""
+    cells = [
+        (
+            row.contender,
+            f"{row.images_per_s:.1f}",
+            *(f"{ms:.0f}" for ms in (row.p50, row.p95, row.p99)),
+            *(str(count) for count in (row.sent, row.refused, row.failed)),
+            row.settings,
+        )
+        for row in rows
+    ]
+    show_table(title, [HEADER, *cells])
+    if rows:
+        print(f"(the load generator took {100 * max(row.generator_cpu for row in rows):.1f} % of a core at most)")
+
+
+def show_table(title: str, lines: Sequence[Sequence[str]]) -> None:
+    """Plain columns: the first and last to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for line in lines:
+        first, *figures, last = line
+        middle = "  ".join(cell.rjust(width) for cell, width in zip(figures, widths[1:-1], strict=True))
+        print(f"  {first.ljust(widths[0])}  {middle}  {last}")
+
+
+def show_tuned(tuned: dict[str, Tuned]) -> None:
+    """What each peer was given, and how close the choice was."""
+    for name, found in tuned.items():
+        print(f"\n{name}: tried {len(found.sweep)} times; even mix and all else: {describe(found.mix)}")
+        if found.four != found.mix:
+            print(f"{' ' * len(name)}  4 steps only: {describe(found.four)}")
+        best = sorted(found.sweep, key=lambda row: -row["images_per_s"])
+        keys = [key for key in best[0] if key not in ("mix", "seconds", "images_per_s")]
+        lines = [
+            (f"{'/'.join(map(str, row['mix']))} steps", *(str(row[key]) for key in keys), f"{row['images_per_s']:.1f}")
+            for row in best
+        ]
+        show_table("images/s by settings", [("load", *keys, "images/s"), *lines])
+
+
+def show_fidelity(rows: Sequence[Fidelity]) -> None:
+    """PSNR from fp32 diffusers, the gate for ours."""
+    lines = [(row.contender, str(row.pictures), f"{row.mean:.1f}", f"{row.minimum:.1f}", _lowest(row)) for row in rows]
+    header = ("contender", "pictures", "mean dB", "min dB", "lowest by variant")
+    show_table(
+        f"PSNR from fp32 diffusers, served pictures (gate: mean {MEAN_GATE:g}, min {MIN_GATE:g})", [header, *lines]
+    )
+    for row in rows:
+        if row.contender == "ours":
+            print(f"psnr_gate: {'passed' if row.passes else 'FAILED'}")
+
+
+def _lowest(row: Fidelity) -> str:
+    return " ".join(f"{name} {value:.1f}" for name, value in row.by_variant.items())
+
+
+def show_overhead(found: Overhead) -> None:
+    """HTTP and queue over the bare engine."""
+    print(
+        f"\nHTTP and queue, 1 client, 4 steps, {found.requests} requests each, alternating with a bare in-process call "
+        f"of models/ ({'compiled' if found.bare_compiled else 'NOT compiled'}): p50 {found.http:.2f} ms over HTTP, "
+        f"{found.bare:.2f} ms bare"
+    )
+    print(f"(beyond the server's own encode, denoise, decode and image stages: p50 {found.unaccounted:.2f} ms)")
+    print(f"added_p50_ms: {found.added:.2f} (aim: {AIM_MS:g} or less)")
+
+
+def ratio(rows: Sequence[Row]) -> float | None:
+    """Our images/s over the best peer's; None where one of them was not measured."""
+    ours = [row.images_per_s for row in rows if row.contender == "ours"]
+    peers = [row.images_per_s for row in rows if row.contender != "ours"]
+    return round(ours[0] / max(peers), 2) if ours and peers and max(peers) > 0 else None
