@@ -1,0 +1,124 @@
+"""Real components for the tests: a real server process on a real port, with the weights that ship."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EMBEDDED = ROOT / "models" / "embedded"
+APPLE = {"prompt": "a red apple on a blue background", "steps": 4, "seed": 7}
+START_S = 120  # to wait for a server: a shared machine of 2 cores
+
+
+class ServerProcess:
+    """`sdxl-lightning serve` in a process of its own, in float32 so that oracles agree to rounding."""
+
+    def __init__(self, log: Path, **settings: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        environment = {**os.environ, "PORT": str(self.port), "DTYPE": "float32", "COMPILE": "0", "MODEL": "embedded"}
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "app.cli", "serve"],
+                env={**environment, **settings},
+                stderr=stderr,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> "ServerProcess":
+        """Block until /ready says 200."""
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and self.process.poll() is None:
+            if self.status("/ready") == 200:
+                return self
+            time.sleep(0.1)
+        raise AssertionError(f"the server is not ready:\n{self.log.read_text()[-3000:]}")
+
+    def status(self, path: str) -> int:
+        """The status of a GET, or 0 if nobody answers."""
+        try:
+            return httpx.get(self.url + path, timeout=5).status_code
+        except httpx.TransportError:
+            return 0
+
+    def generate(self, timeout: float = 60, **fields: object) -> httpx.Response:
+        """POST /generate with the apple's fields unless others are given."""
+        return httpx.post(f"{self.url}/generate", json={**APPLE, **fields}, timeout=timeout)
+
+    def engine(self) -> psutil.Process:
+        """The engine process."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "app.engine.worker" in child.cmdline())
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
+    def log_lines(self) -> list[dict]:
+        """The server's log, line by line; what libraries print is left out."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def stop(self) -> int:
+        """Ask it to leave, and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for all tests that leave it as they found it."""
+    running = ServerProcess(tmp_path_factory.mktemp("server") / "log").wait_until_ready()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers of the test's own, and stops them."""
+    started: list[ServerProcess] = []
+
+    def start(**settings: str) -> ServerProcess:
+        started.append(ServerProcess(tmp_path / f"log-{len(started)}", **settings))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture
+def embedded_copy(tmp_path: Path) -> Path:
+    """A copy of the embedded weights that a test may damage."""
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "embedded"))
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether the condition comes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()

@@ -1,0 +1,104 @@
+"""Every variant retraces diffusers' own pipeline, alone and in batches whose rows stand at different steps."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.pipeline import Pipeline
+from models.registry import Registry, Tier
+from models.weights import WeightStore
+from tests.models import oracle
+
+PROMPTS = ("a red apple on a blue background", "yellow banana, green background", "something it has never seen", "")
+VARIANTS = tuple(oracle.FAMILY.variants)
+LATENTS = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline(WeightStore(oracle.FAMILY), "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    registry = Registry(WeightStore(oracle.FAMILY), "cpu", torch.float32, [Tier("cpu", 1 << 40)])
+    for name in VARIANTS:
+        registry.load(name)
+    return registry
+
+
+def draw(pipeline: Pipeline, registry: Registry, name: str, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    unet, schedule = registry.use(name), registry.schedules[name]
+    latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in seeds])
+    conditioning = pipeline.encode(prompts)
+    for step in range(len(schedule.timesteps)):
+        latents = pipeline.denoise(unet, schedule, latents, torch.full((len(seeds),), step), conditioning)
+    return latents
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_picture_alone_has_diffusers_latents_and_pixels(pipeline, registry, name):
+    latents = draw(pipeline, registry, name, [PROMPTS[0]], [7])
+    torch.testing.assert_close(latents[0], oracle.draw(name, PROMPTS[0], 7), **LATENTS)
+    decoded = pipeline.decode(latents)
+    theirs = (oracle.draw(name, PROMPTS[0], 7, "np") * 255).round().int()
+    assert (decoded.pixels[0].int() - theirs).abs().max() <= 1
+    assert decoded.sound.all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_batch_of_different_prompts_and_seeds_has_the_latents_of_each_alone(pipeline, registry, name):
+    seeds = (7, 0, 2**32 - 1, 12345)
+    latents = draw(pipeline, registry, name, PROMPTS, seeds)
+    for row, prompt, seed in zip(latents, PROMPTS, seeds, strict=True):
+        torch.testing.assert_close(row, oracle.draw(name, prompt, seed), **LATENTS)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("1step")])
+def test_rows_that_join_and_leave_at_different_steps_have_the_latents_of_each_alone(pipeline, registry, name):
+    """Row k joins at call k and leaves when it is done, so that the batch's rows stand at different steps."""
+    unet, schedule = registry.use(name), registry.schedules[name]
+    steps, seeds = len(schedule.timesteps), (7, 0, 3)
+    rows = [pipeline.noise(seed, 128, 128, schedule) for seed in seeds]
+    conditioning = pipeline.encode(PROMPTS[:3])
+    for call in range(steps + len(rows) - 1):
+        at = [(k, call - k) for k in range(len(rows)) if 0 <= call - k < steps]
+        moved = pipeline.denoise(
+            unet,
+            schedule,
+            torch.stack([rows[k] for k, _ in at]),
+            torch.tensor([step for _, step in at]),
+            [conditioning[k] for k, _ in at],
+        )
+        for (k, _), latents in zip(at, moved, strict=True):
+            rows[k] = latents
+    for latents, prompt, seed in zip(rows, PROMPTS, seeds, strict=False):
+        torch.testing.assert_close(latents, oracle.draw(name, prompt, seed), **LATENTS)
+
+
+def test_switching_variants_back_and_forth_leaves_no_trace(pipeline, registry):
+    before = draw(pipeline, registry, "4step-lora", PROMPTS[:1], [1])
+    draw(pipeline, registry, "1step-unet", PROMPTS[:1], [1])
+    draw(pipeline, registry, "8step-lora", PROMPTS[:1], [1])
+    torch.testing.assert_close(draw(pipeline, registry, "4step-lora", PROMPTS[:1], [1]), before, rtol=0, atol=0)
+
+
+def test_a_prompt_that_is_too_long_is_reported_as_cut(pipeline):
+    short, long = pipeline.encode(["a red apple", "a red apple " * 100])
+    assert (short.truncated, long.truncated) == (False, True)
+
+
+def test_prompts_are_cached_within_bounds(pipeline, monkeypatch):
+    monkeypatch.setattr("models.pipeline.PROMPTS_CACHED", 2)
+    first = pipeline.encode(["one"])[0]
+    assert pipeline.encode(["one"])[0] is first
+    pipeline.encode(["two", "three", "four"])
+    assert pipeline.encode(["one"])[0] is not first
+
+
+def test_a_picture_of_undefined_or_flat_pixels_is_found_unsound(pipeline, registry):
+    good = draw(pipeline, registry, "4step-unet", PROMPTS[:1], [7])
+    decoded = pipeline.decode(torch.cat([good, torch.full_like(good, torch.nan)]))
+    assert decoded.sound.tolist() == [True, False]

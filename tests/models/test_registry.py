@@ -1,0 +1,122 @@
+"""The registry: budgets, least recently used out first, and loads that fail without harm."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.catalog import CATALOG
+from models.registry import OverBudget, Registry, Tier
+from models.weights import BadWeights, MissingWeights, WeightStore
+
+FAMILY = CATALOG["embedded"]
+ONE_SET = sum(t.nbytes for t in load_file(FAMILY.directory / FAMILY.variants["4step-unet"].file).values()) * 2  # float32
+
+
+def make_registry(budgets: list[float], directory=None) -> Registry:
+    tiers = [Tier("cpu", int(sets * ONE_SET) + 1) for sets in budgets]
+    return Registry(WeightStore(FAMILY, directory), "cpu", torch.float32, tiers)
+
+
+def states(registry: Registry) -> dict[str, str]:
+    return {row.name: row.state for row in registry.status()}
+
+
+def test_a_variant_is_resident_once_loaded_and_gone_once_unloaded():
+    registry = make_registry([4])
+    registry.load("4step-unet")
+    assert states(registry)["4step-unet"] == "resident"
+    registry.unload("4step-unet")
+    assert states(registry)["4step-unet"] == "on disk"
+    with pytest.raises(KeyError):
+        registry.use("4step-unet")
+
+
+def test_the_least_recently_used_set_leaves_when_the_budget_is_full():
+    registry = make_registry([2])
+    registry.load("1step-unet")
+    registry.load("2step-unet")
+    registry.use("1step-unet")
+    registry.load("4step-unet")
+    resident = {name for name, state in states(registry).items() if state == "resident"}
+    assert resident == {"1step-unet", "4step-unet"}
+
+
+def test_what_the_first_tier_displaces_moves_to_the_next():
+    registry = make_registry([1, 1])
+    for name in ("1step-unet", "2step-unet", "4step-unet"):
+        registry.load(name)
+    resident = {name for name, state in states(registry).items() if state == "resident"}
+    assert resident == {"2step-unet", "4step-unet"}
+
+
+def test_a_set_larger_than_every_budget_is_refused_with_the_budgets():
+    with pytest.raises(OverBudget, match="GiB on cpu"):
+        make_registry([0.5]).load("4step-unet")
+
+
+def test_switches_are_counted_only_when_the_active_variant_changes():
+    registry = make_registry([3])
+    registry.load("1step-unet")
+    registry.load("2step-unet")
+    for name in ("1step-unet", "1step-unet", "2step-unet", "1step-unet"):
+        registry.use(name)
+    assert registry.switches == 3
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def damage_shape(path):
+    state = load_file(path)
+    state["conv_out.bias"] = torch.zeros(5)
+    save_file(state, path)
+
+
+def damage_missing_tensor(path):
+    state = load_file(path)
+    del state["conv_out.bias"]
+    save_file(state, path)
+
+
+def damage_remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (damage_truncate, BadWeights),
+        (damage_shape, BadWeights),
+        (damage_missing_tensor, BadWeights),
+        (damage_remove, MissingWeights),
+    ],
+)
+def test_a_load_that_fails_says_why_and_leaves_the_others_serving(embedded_copy, damage, error):
+    registry = make_registry([8], embedded_copy)
+    registry.load("4step-unet")
+    damage(embedded_copy / FAMILY.variants["8step-unet"].file)
+    with pytest.raises(error, match="sdxl_lightning_8step_unet"):
+        registry.load("8step-unet")
+    broken = next(row for row in registry.status() if row.name == "8step-unet")
+    assert broken.state == "failed"
+    assert "sdxl_lightning_8step_unet" in broken.reason
+    registry.use("4step-unet")
+
+
+def test_a_lora_that_is_none_is_refused(embedded_copy):
+    save_file({"lora_unet_nonsense.lora_down.weight": torch.zeros(4, 4)}, embedded_copy / FAMILY.variants["4step-lora"].file)
+    with pytest.raises(BadWeights, match="4step_lora"):
+        make_registry([8], embedded_copy).load("4step-lora")
+
+
+def test_a_failed_variant_loads_once_its_file_is_right(embedded_copy):
+    path = embedded_copy / FAMILY.variants["8step-unet"].file
+    good = path.read_bytes()
+    path.write_bytes(good[:100])
+    registry = make_registry([8], embedded_copy)
+    with pytest.raises(BadWeights):
+        registry.load("8step-unet")
+    path.write_bytes(good)
+    registry.load("8step-unet")
+    assert states(registry)["8step-unet"] == "resident"
