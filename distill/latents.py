@@ -25,18 +25,20 @@ class Latents:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures) -> Tensor:
     """uint8 (B, 128, 128, 3) to latents at std 1."""
-    pixels = autoencoder.to_pixels(pictures).to(vae.device)
-    return autoencoder.mean_latents(vae, pixels) * vae.config.scaling_factor
+    pixels = autoencoder.to_pixels(pictures).to(vae.device, memory_format=torch.channels_last)
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        return autoencoder.mean_latents(vae, pixels).float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
     """Latents at std 1 to uint8 (B, 3, 128, 128), on the CPU."""
-    parts = [vae.decode(part / vae.config.scaling_factor).sample for part in x0.split(64)]
+    with torch.autocast(x0.device.type, torch.bfloat16):
+        parts = [vae.decode(part / vae.config.scaling_factor).sample.float() for part in x0.split(64)]
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def cached(vae: AutoencoderKL, path: Path, jitters: int = 4, every: int = 1) -> Latents:
+def cached(vae: AutoencoderKL, path: Path, jitters: int = 2, every: int = 1) -> Latents:
     """Encode the training pairs (or every n-th of them, for a toy), or read what an earlier run encoded."""
     if not path.exists():
         pairs, rng = data.pairs()[::every] * jitters, random.Random(0)

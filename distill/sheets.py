@@ -75,3 +75,8 @@ def plot_log(log: Path, picture: Path) -> None:
     figure.tight_layout()
     figure.savefig(picture, dpi=80)
     plt.close(figure)
+
+
+if __name__ == "__main__":  # python -m distill.sheets: every log under runs/ as a picture beside it
+    for log in sorted(Path("runs").rglob("*.jsonl")):
+        plot_log(log, log.with_suffix(".png"))

@@ -33,9 +33,9 @@ class Sizes:
     vae_steps: int = 2000
     vae_crop_steps: int = 5000
     decoder_steps: int = 4000
-    steps: int = 6000
+    steps: int = 4500
     batch: int = 32
-    jitters: int = 4
+    jitters: int = 2
     every: int = 1  # train on every n-th pair
 
 
