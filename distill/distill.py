@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from distill import data, latents, lora, model, phases, predictors, sheets
 from distill import stages as paper
 from distill.phases import Workshop
-from distill.training import device
+from distill.training import device, is_writer
 
 GUIDANCE = 3.0  # folded in at stage 0 and never again (the paper's is 6, for SDXL)
 
@@ -25,16 +25,16 @@ GUIDANCE = 3.0  # folded in at stage 0 and never again (the paper's is 6, for SD
 class Plan:
     """Iterations of each phase: (LoRA conditional, LoRA relaxed, full relaxed) by the student's steps."""
 
-    many: tuple[int, int] = (250, 250)  # stage 0: LoRA, full
+    many: tuple[int, int] = (100, 100)  # stage 0: LoRA, full
     adversarial: tuple[tuple[int, tuple[int, int, int]], ...] = (
-        (8, (120, 120, 240)),
-        (4, (150, 150, 300)),
-        (2, (200, 200, 350)),
-        (1, (250, 0, 500)),  # no LoRA: conditional and relaxed are both of the full network
+        (8, (50, 50, 100)),
+        (4, (60, 60, 120)),
+        (2, (60, 60, 140)),
+        (1, (100, 0, 160)),  # no LoRA: conditional and relaxed are both of the full network
     )
-    switch: int = 150  # iterations of the epsilon to x0 switch
+    switch: int = 60  # iterations of the epsilon to x0 switch
     batch: int = 32
-    anchor: float = 0.0
+    anchor: float = 30.0
 
 
 def stage_0(shop: Workshop, plan: Plan) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
@@ -79,11 +79,13 @@ def distill(shop: Workshop, plan: Plan, out: Path) -> None:
     for steps, counts in plan.adversarial:
         if steps > 1:
             full = adversarial_stage(shop, steps, low, teachers, counts)
-            lora.save(low, model.lora_file(out, steps))
+            if is_writer():
+                lora.save(low, model.lora_file(out, steps))
         else:
             full = one_step_stage(shop, teachers, counts, plan.switch)
         teachers[steps] = frozen(full)
-        model.save_unet(full, model.unet_file(out, steps))
+        if is_writer():
+            model.save_unet(full, model.unet_file(out, steps))
         look(shop, teachers[steps], steps)
 
 
@@ -98,7 +100,8 @@ def distill_by_mse(shop: Workshop, plan: Plan, out: Path) -> None:
             phases.switch_to_x0(shop, "1-mse-switch", stage, full, teachers[2], plan.switch)
         phases.match(shop, f"{steps}-mse", stage, full, predictors.of(teachers[stage.teacher]), sum(counts))
         teachers[steps] = frozen(full)
-        model.save_unet(full, model.unet_file(out, steps))
+        if is_writer():
+            model.save_unet(full, model.unet_file(out, steps))
 
 
 def frozen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -106,6 +109,9 @@ def frozen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def look(shop: Workshop, unet: UNet2DConditionModel, steps: int) -> None:
+    """Held-out pairs, drawn and real, as a PNG."""
+    if not is_writer():
+        return
     predicts = "sample" if steps == 1 else "epsilon"
     pairs = data.pairs(held_out=True)[::20][:24]
     sheets.write_grid(shop.made, pairs, shop.folder / f"{steps}.png", steps=steps, unet=unet, predicts=predicts)
@@ -122,6 +128,7 @@ def open_workshop(runs: Path, plan: Plan, name: str) -> Workshop:
 
 
 def main(runs: Path = Path("runs"), plan: Plan = Plan(), only: str = "") -> None:
+    torch.manual_seed(0)
     if only != "mse":
         distill(open_workshop(runs, plan, "distill"), plan, runs / "embedded")
     if only != "adversarial":

@@ -20,7 +20,7 @@ from distill.latents import Latents
 from distill.model import Model
 from distill.stages import Batch, Stage
 from distill.text import Text, token_ids
-from distill.training import Log, cosine, device, load, save
+from distill.training import Log, average_gradients, cosine, device, join_group, load, save
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ class Workshop:
 
     def draw(self, stage: Stage, name: str, step: int) -> Batch:
         """The batch of one step: the same for the same phase and step, so a resumed run repeats nothing."""
-        rng = random.Random(f"{name} {step}")
+        rank, processes = join_group()
+        size, rng = self.batch // processes, random.Random(f"{name} {step} {rank}")
         generator = torch.Generator().manual_seed(rng.randrange(2**62))
-        rows = [rng.randrange(len(self.cache.pairs)) for _ in range(self.batch)]
+        rows = [rng.randrange(len(self.cache.pairs)) for _ in range(size)]
         said = [data.paraphrase(data.objects()[self.cache.pairs[i][0]], self.cache.pairs[i][1], rng) for i in rows]
         x0 = self.cache.x0[rows]
         noise = torch.randn(x0.shape, generator=generator).to(x0)
-        k = paper.draw_starts(stage, self.batch, generator).to(x0.device)
+        k = paper.draw_starts(stage, size, generator).to(x0.device)
         return Batch(start_from_pure_noise(x0, noise, stage.times.to(k.device)[k]), k, self.text(said))
 
 
@@ -110,6 +111,7 @@ def fight(
 ) -> None:
     """Alternate a discriminator step and a student step; the discriminator starts anew from the base UNet."""
     is_lora = any(".parametrizations." in key for key, _ in student.named_parameters())
+    torch.manual_seed(steps)  # the head's start: alike in every process
     rate = shop.rates.lora if is_lora else shop.rates.full
     critic = Discriminator(shop.made.unet, conditional).to(device())
     params, critic_params, predict = trainable(student), list(critic.parameters()), predictors.of(student)
@@ -120,7 +122,7 @@ def fight(
     log = Log(path.with_suffix(".jsonl"), steps, load(path, **parts))
     for step in log.steps():
         batch = shop.draw(stage, name, step)
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(step * 64 + join_group()[0])
         noise = torch.randn(batch.x_t.shape, generator=generator).to(batch.x_t)
         detail = not conditional and step > steps // 2
         t_star = paper.draw_noised_times(len(noise), detail, generator).to(noise.device) if stage.noised else None
@@ -144,5 +146,6 @@ def _descend(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], loss: T
     gradients = torch.autograd.grad(loss, params)  # of these only: a student step leaves the discriminator alone
     for parameter, gradient in zip(params, gradients, strict=True):
         parameter.grad = gradient
+    average_gradients(params)
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
