@@ -105,6 +105,9 @@ class Pipeline:
     def _filled(self, module: nn.Module, store: weights.WeightStore, part: str) -> nn.Module:
         state = weights.read(store.component_file(part))
         state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
+        if not any(key.startswith("text_model.") for key in module.state_dict()):
+            # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
+            state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
         fill(module, state, part)
         module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module.eval().requires_grad_(False)

@@ -30,11 +30,11 @@ class ServerProcess:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        environment = {**os.environ, "PORT": str(self.port), "DTYPE": "float32", "COMPILE": "0", "MODEL": "embedded"}
+        defaults = {"DTYPE": "float32", "COMPILE": "0", "MODEL": "embedded", "THREADS": "1", "PORT": str(self.port)}
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "app.cli", "serve"],
-                env={**environment, **settings},
+                env={**os.environ, **defaults, **settings},
                 stderr=stderr,
                 cwd=ROOT,
                 start_new_session=True,
@@ -56,9 +56,9 @@ class ServerProcess:
         except httpx.TransportError:
             return 0
 
-    def generate(self, timeout: float = 60, **fields: object) -> httpx.Response:
+    def generate(self, **fields: object) -> httpx.Response:
         """POST /generate with the apple's fields unless others are given."""
-        return httpx.post(f"{self.url}/generate", json={**APPLE, **fields}, timeout=timeout)
+        return httpx.post(f"{self.url}/generate", json={**APPLE, **fields}, timeout=120)
 
     def engine(self) -> psutil.Process:
         """The engine process."""

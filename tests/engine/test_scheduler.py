@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.engine.costs import Costs
-from app.engine.jobs import Row
+from app.engine.jobs import Plan, Row
 from app.engine.scheduler import plan
 
 FLAT = Costs(step={1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, decode={1: 0.01, 8: 0.02}, encode=0.0, pixels=128 * 128)
@@ -50,8 +50,7 @@ def test_the_batch_is_no_larger_than_what_the_measured_costs_pay_for():
 
 
 def test_with_nothing_to_do_the_plan_is_empty():
-    todo = plan([], FLAT, now=0.0)
-    assert not (todo.step or todo.decode or todo.refuse)
+    assert plan([], FLAT, now=0.0) == Plan()
 
 
 rows = st.lists(

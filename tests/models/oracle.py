@@ -15,7 +15,7 @@ DIRECTORY = str(FAMILY.directory)
 
 @cache
 def diffusers_pipeline(name: str) -> StableDiffusionXLPipeline:
-    """A variant as the model card of SDXL-Lightning loads it: strict UNet weights, or a LoRA through diffusers' loader."""
+    """A variant as SDXL-Lightning's model card loads it: strict UNet weights, or a LoRA through diffusers' loader."""
     variant = FAMILY.variants[name]
     pipeline = StableDiffusionXLPipeline.from_pretrained(DIRECTORY, use_safetensors=True)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.pipeline import Pipeline
@@ -102,3 +103,12 @@ def test_a_picture_of_undefined_or_flat_pixels_is_found_unsound(pipeline, regist
     good = draw(pipeline, registry, "4step-unet", PROMPTS[:1], [7])
     decoded = pipeline.decode(torch.cat([good, torch.full_like(good, torch.nan)]))
     assert decoded.sound.tolist() == [True, False]
+
+
+def test_text_encoders_with_the_released_files_older_names_load_alike(pipeline, embedded_copy):
+    path = embedded_copy / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    save_file({f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in state.items()}, path)
+    other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), "cpu", torch.float32)
+    ours, theirs = (each.encode([PROMPTS[0]])[0] for each in (pipeline, other))
+    torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds)

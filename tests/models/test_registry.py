@@ -9,7 +9,9 @@ from models.registry import OverBudget, Registry, Tier
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 FAMILY = CATALOG["embedded"]
-ONE_SET = sum(t.nbytes for t in load_file(FAMILY.directory / FAMILY.variants["4step-unet"].file).values()) * 2  # float32
+ONE_SET = (
+    sum(t.nbytes for t in load_file(FAMILY.directory / FAMILY.variants["4step-unet"].file).values()) * 2
+)  # float32
 
 
 def make_registry(budgets: list[float], directory=None) -> Registry:
@@ -105,7 +107,9 @@ def test_a_load_that_fails_says_why_and_leaves_the_others_serving(embedded_copy,
 
 
 def test_a_lora_that_is_none_is_refused(embedded_copy):
-    save_file({"lora_unet_nonsense.lora_down.weight": torch.zeros(4, 4)}, embedded_copy / FAMILY.variants["4step-lora"].file)
+    save_file(
+        {"lora_unet_nonsense.lora_down.weight": torch.zeros(4, 4)}, embedded_copy / FAMILY.variants["4step-lora"].file
+    )
     with pytest.raises(BadWeights, match="4step_lora"):
         make_registry([8], embedded_copy).load("4step-lora")
 

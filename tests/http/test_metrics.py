@@ -1,0 +1,31 @@
+"""/metrics in the eyes of Prometheus' own tool."""
+
+import shutil
+import subprocess
+
+import httpx
+
+
+def test_promtool_finds_nothing_to_complain_about(server):
+    server.generate()
+    promtool = shutil.which("promtool")
+    assert promtool, "install promtool (Debian: apt-get install prometheus), as `make test` does"
+    text = httpx.get(f"{server.url}/metrics").content
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def test_every_stage_is_timed_and_every_batch_counted(server):
+    before = server.metrics()
+    server.generate(steps=8, prompt="never asked before: metrics")
+    after = server.metrics()
+
+    def grew(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grew("sdxl_denoise_step_seconds_count") == 8
+    assert grew('sdxl_batch_rows_sum{variant="8step-unet"}') == 8
+    for stage in ("queue", "encode", "decode", "request"):
+        assert grew(f"sdxl_{stage}_seconds_count") == 1
+    assert after['sdxl_variant_resident_bytes{variant="8step-unet"}'] > 1e6
+    assert after["sdxl_ready"] == 1
