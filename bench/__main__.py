@@ -11,8 +11,8 @@ from bench.contenders import CONTENDERS, Contender
 from bench.load import closed_loop
 from bench.progress import progress
 from bench.rounds import LOADS, closed, opened
-from bench.start import start
-from bench.tuning import Tuned, choices, tune
+from bench.start import COMPILE_WAIT_S, start
+from bench.tuning import UNTUNED, Tuned, tune
 from bench.work import EVEN_MIX, prompts, stream
 
 PARTS = ("fidelity", *(load.name for load in LOADS), "open", "overhead")
@@ -27,8 +27,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of every contender")
-    parser.add_argument("--no-sweep", action="store_true", help="peers at batch 16, 5 ms, bfloat16, untuned")
+    parser.add_argument("--no-sweep", action="store_true", help="peers in bfloat16, LitServe at batch 16, 5 ms")
+    parser.add_argument(
+        "--compile-wait", type=float, default=COMPILE_WAIT_S, help="seconds to wait for our compiled code"
+    )
     return parser.parse_args()
+
+
+def is_whole(options: argparse.Namespace) -> bool:
+    """Whether nothing is left out."""
+    return set(options.only) == set(PARTS) and set(options.contenders) == set(CONTENDERS) and not options.no_sweep
 
 
 async def warm_up(contenders: list[Contender]) -> None:
@@ -43,8 +51,7 @@ async def run(contenders: list[Contender], options: argparse.Namespace, results:
     await warm_up(contenders)
     for peer in contenders:
         if peer.name != "ours":
-            last = choices(peer.name)[-2]
-            untuned = Tuned(last, last)
+            untuned = Tuned(UNTUNED[peer.name], UNTUNED[peer.name])
             results.tuned[peer.name] = untuned if options.no_sweep else await tune(peer, options.seconds / 4)
             await peer.apply(results.tuned[peer.name].mix)
     if not options.no_sweep:
@@ -64,7 +71,7 @@ async def run(contenders: list[Contender], options: argparse.Namespace, results:
             report.show_rows(f"open loop, even mix, {rate:.1f} requests/s", rows)
     ours = [each for each in contenders if each.name == "ours"]
     if "overhead" in options.only and ours:
-        results.overhead = await overhead.measure(ours[0], max(2, round(2 * options.seconds)), options.threads)
+        results.overhead = await overhead.measure(ours[0], max(2, round(3 * options.seconds)), options.threads)
         report.show_overhead(results.overhead)
 
 
@@ -78,7 +85,7 @@ def main() -> None:
     print(report.RULES.format(**rules, prompts=f"{len(prompts()):,}"))
     contenders = [CONTENDERS[name](options.threads) for name in options.contenders]
     try:
-        start(contenders)
+        start(contenders, options.compile_wait)
         asyncio.run(run(contenders, options, results))
     finally:
         for contender in contenders:
@@ -86,8 +93,7 @@ def main() -> None:
     results.ratio_4step = report.ratio(results.closed.get("four", []))
     results.ratio = report.ratio(results.closed.get("mix", []))
     results.took_s = round(time.monotonic() - began)
-    results.save()
-    print(f"\ntook {results.took_s:.0f} s; written to {report.RESULTS}")
+    print(f"\ntook {results.took_s:.0f} s; written to {results.save(is_whole(options))}")
     print(f"ratio_to_best_peer_4step: {results.ratio_4step if results.ratio_4step is not None else 'not measured'}")
     print(f"ratio_to_best_peer: {results.ratio if results.ratio is not None else 'not measured'}")
 

@@ -18,7 +18,6 @@ from bench.client import Client
 
 HOST = "127.0.0.1"
 START_S = 180.0  # a server that is not ready by then has failed
-COMPILE_S = 300.0
 ROOT = Path(__file__).parents[1]
 
 

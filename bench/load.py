@@ -39,7 +39,7 @@ class Phase:
 
     images_per_s: float
     latencies_ms: Sequence[float]
-    sent: int
+    answers: int
     refused: int
     failed: int
     generator_cpu: float  # of one core, by the load generator itself
@@ -120,7 +120,7 @@ def _phase(samples: Sequence[Sample], images_per_s: float, cpu: float) -> Phase:
     return Phase(
         images_per_s,
         [1e3 * (sample.end - sample.start) for sample in samples if sample.is_picture],
-        sent=len(samples),
+        answers=len(samples),
         refused=sum(sample.status in REFUSED for sample in samples),
         failed=sum(not sample.is_picture and sample.status not in REFUSED for sample in samples),
         generator_cpu=cpu,

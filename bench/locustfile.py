@@ -6,6 +6,7 @@ locust -f bench/locustfile.py --headless -u 16 -r 16 -t 20s -H http://127.0.0.1:
 import sys
 from pathlib import Path
 
+import gevent
 from locust import FastHttpUser, constant, task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # locust is a script of its own: it does not look here
@@ -16,7 +17,7 @@ WORK = stream("locust", EVEN_MIX)  # all users draw from one stream
 
 
 class Painter(FastHttpUser):
-    """Asks for a picture again as soon as the last one came."""
+    """Asks for a picture again as soon as the last one came; if refused, waits as told."""
 
     wait_time = constant(0)
 
@@ -31,3 +32,5 @@ class Painter(FastHttpUser):
         ) as reply:
             if reply.status_code == 200 and not reply.content.startswith(b"\x89PNG"):
                 reply.failure("no PNG")
+        if reply.status_code in (429, 503):
+            gevent.sleep(float(reply.headers.get("retry-after", 1)))

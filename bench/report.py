@@ -15,8 +15,8 @@ from bench.overhead import AIM_MS, Overhead
 from bench.rounds import Row
 from bench.tuning import Tuned, describe
 
-RESULTS = Path(__file__).with_name("results") / "cpu.json"
-HEADER = ("contender", "images/s", "p50 ms", "p95 ms", "p99 ms", "sent", "refused", "failed", "settings")
+RESULTS = Path(__file__).with_name("results")
+HEADER = ("contender", "images/s", "p50 ms", "p95 ms", "p99 ms", "answers", "refused", "failed", "settings")
 RULES = """\
 Every contender: the same weights, prompts, seeds and order; a seed for each request; PNG by fpng; {threads} torch
 threads and one long-lived inference thread; channels_last, inference_mode, no guidance, no progress bars; warmed up.
@@ -41,10 +41,12 @@ class Results:
     ratio: float | None = None
     took_s: float = 0.0
 
-    def save(self, path: Path = RESULTS) -> None:
-        """Write them as JSON."""
+    def save(self, is_whole: bool) -> Path:
+        """Write them as JSON; a run that left something out does not replace a whole one."""
+        path = RESULTS / ("cpu.json" if is_whole else "partial.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return path
 
 
 def machine() -> dict[str, Any]:
@@ -75,7 +77,7 @@ def show_rows(title: str, rows: Sequence[Row]) -> None:
             row.contender,
             f"{row.images_per_s:.1f}",
             *(f"{ms:.0f}" for ms in (row.p50, row.p95, row.p99)),
-            *(str(count) for count in (row.sent, row.refused, row.failed)),
+            *(str(count) for count in (row.answers, row.refused, row.failed)),
             row.settings,
         )
         for row in rows
@@ -98,16 +100,17 @@ def show_table(title: str, lines: Sequence[Sequence[str]]) -> None:
 def show_tuned(tuned: dict[str, Tuned]) -> None:
     """What each peer was given, and how close the choice was."""
     for name, found in tuned.items():
-        print(f"\n{name}: tried {len(found.sweep)} times; even mix and all else: {describe(found.mix)}")
+        print(f"\n{name}, even mix and all else: {describe(found.mix)}")
         if found.four != found.mix:
-            print(f"{' ' * len(name)}  4 steps only: {describe(found.four)}")
-        best = sorted(found.sweep, key=lambda row: -row["images_per_s"])
+            print(f"{name}, 4 steps only: {describe(found.four)}")
+        best = sorted(found.sweep, key=lambda row: (len(row["mix"]), row["seconds"], row["images_per_s"]), reverse=True)
         keys = [key for key in best[0] if key not in ("mix", "seconds", "images_per_s")]
         lines = [
-            (f"{'/'.join(map(str, row['mix']))} steps", *(str(row[key]) for key in keys), f"{row['images_per_s']:.1f}")
+            (f"{'/'.join(map(str, row['mix']))} steps", *(str(row[key]) for key in keys), f"{row['images_per_s']:.1f}",
+             f"over {row['seconds']:g} s")
             for row in best
-        ]
-        show_table("images/s by settings", [("load", *keys, "images/s"), *lines])
+        ]  # fmt: skip
+        show_table(f"{name}: images/s by settings", [("load", *keys, "images/s", ""), *lines])
 
 
 def show_fidelity(rows: Sequence[Fidelity]) -> None:

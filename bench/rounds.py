@@ -34,14 +34,14 @@ LOADS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One contender under one load: medians over the rounds; sent, refused and failed are sums. ms: p50, p95, p99."""
+    """One contender under one load: medians over the rounds; p50, p95, p99 in ms; the counts are sums."""
 
     contender: str
     images_per_s: float
     p50: float
     p95: float
     p99: float
-    sent: int
+    answers: int
     refused: int
     failed: int
     generator_cpu: float
@@ -59,7 +59,7 @@ def summarise(contender: str, phases: Sequence[Phase], settings: str = "") -> Ro
         p50,
         p95,
         p99,
-        sum(phase.sent for phase in phases),
+        sum(phase.answers for phase in phases),
         sum(phase.refused for phase in phases),
         sum(phase.failed for phase in phases),
         statistics.median(phase.generator_cpu for phase in phases),

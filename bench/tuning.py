@@ -17,6 +17,10 @@ CLIENTS = 16
 FINALISTS = 3  # of a sweep; they are measured again, longer, since the best of many short measurements is partly luck
 
 Settings = dict[str, Any]
+UNTUNED: dict[str, Settings] = {  # of a quick run without the sweep
+    "fastapi": {"dtype": "bfloat16"},
+    "litserve": {"dtype": "bfloat16", "max_batch_size": 16, "batch_timeout_ms": 5},
+}
 
 
 @dataclass
