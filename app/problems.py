@@ -81,14 +81,16 @@ class Faulty(Problem):
     status, code, title = 500, "generation_failed", "No picture could be made"
 
 
-EXPIRED = Expired("the deadline passed before the picture was done; ask again, or with a longer timeout", "timeout")
+def expired() -> Expired:
+    """The deadline passed, wherever that was noticed."""
+    return Expired("the deadline passed before the picture was done; ask again, or with a longer timeout", "timeout")
 
 
 def from_engine(code: str, detail: str) -> Problem:
     """The problem behind an engine's Failed message. Paths and traces stay in the log; names of variants may pass."""
     match code:
         case "expired":
-            return EXPIRED
+            return expired()
         case "loading":
             return NotReady(f"{detail} is being loaded; ask again", retry_after=5)
         case "variant_unavailable":

@@ -26,7 +26,7 @@ class EngineSettings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, le=1024, description="torch's threads on a CPU; by default all cores")
     max_batch: int | None = Field(
-        None, ge=1, le=64, description="largest batch to measure; by default 16 on a CPU, 8 on CUDA"
+        None, ge=1, le=32, description="largest batch to measure; by default 16 on a CPU, 8 on CUDA"
     )
     device_budget_gib: float = Field(24.0, gt=0, description="GPU memory for weight sets, GiB")
     host_budget_gib: float = Field(16.0, gt=0, description="host memory for weight sets, GiB (pinned on CUDA)")

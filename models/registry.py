@@ -89,9 +89,8 @@ class Registry:
                 return
             self._loading.add(name)
         try:
-            weight_set = self._read(variant)
+            self._hold(name, self._read(variant), first_tier=0)
             with self._lock:
-                self._hold(name, weight_set, first_tier=0)
                 self._failed.pop(name, None)
         except Exception as error:
             with self._lock:
@@ -161,12 +160,15 @@ class Registry:
             tier, held = self.tiers[index], self._sets[index]
             if _size(weight_set) > tier.budget:
                 continue
-            while sum(map(_size, held.values())) + _size(weight_set) > tier.budget:
-                displaced = held.popitem(last=False)
-                self._bound.pop(displaced[0], None)
-                if index + 1 < len(self.tiers):
-                    self._hold(*displaced, first_tier=index + 1)
-            held[name] = {key: _placed(tensor, tier) for key, tensor in weight_set.items()}
+            placed = {key: _placed(tensor, tier) for key, tensor in weight_set.items()}  # no lock: gigabytes move here
+            displaced = []
+            with self._lock:
+                while sum(map(_size, held.values())) + _size(placed) > tier.budget:
+                    displaced.append(held.popitem(last=False))
+                    self._bound.pop(displaced[-1][0], None)
+                held[name] = placed
+            for other, its_set in displaced:
+                self._hold(other, its_set, first_tier=index + 1)
             return
         if first_tier == 0:
             budgets = ", ".join(f"{tier.budget / 2**30:.1f} GiB on {tier.device}" for tier in self.tiers)

@@ -12,7 +12,9 @@ FRESH = 0.75  # of the time to its deadline is what a new request may wait for; 
 KEPT = 0.95  # what a request that was told to come back may wait for
 PROMISED = 0.85  # of the capacity is promised to those who come back; fresh requests take what they leave
 PATIENCE = 10.0  # seconds after its time for which a promise holds
-PROMISES = 4096  # promises remembered
+PROMISES = 4096  # fingerprints remembered
+PLACES = 8  # kept for one fingerprint at a time
+HORIZON = 300.0  # seconds; nobody is promised a place later than this
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,6 @@ class Door:
 
     def ask(self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str) -> Refusal | None:
         """None if the rows of one request may enter. who: the request's fingerprint, the same when it comes back."""
-        alone = max(map(costs.alone, new))
-        patience = new[0].deadline - now
-        if alone > patience:
-            return Refusal(
-                f"timeout must be at least {math.ceil(alone * 10) / 10:.1f} s for this request on this machine", 1
-            )
         kept = self._is_kept(who, now)
         full = len(pending) + len(new) > self.limit
         wait = _overrun(new, pending, costs, now, KEPT if kept else FRESH)
@@ -50,24 +46,26 @@ class Door:
 
     def _is_kept(self, who: str, now: float) -> bool:
         times = self._promises.get(who, [])
-        due = [time for time in times if time - 1.0 <= now <= time + PATIENCE]
-        if due:
-            times.remove(due[0])
-            if not times:
-                self._promises.pop(who, None)
-        return bool(due)
+        due = next((time for time in times if time - 1.0 <= now <= time + PATIENCE), None)
+        if due is not None:
+            times.remove(due)
+        return due is not None
 
     def _promise(
         self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str, wait: float
     ) -> int:
-        work = costs.work([*pending, *new]) - costs.work(pending)
-        earliest = now + max(wait, 1.0)
-        time = max(earliest, self._promised_until)
-        self._promised_until = time + work / PROMISED
-        self._promises.setdefault(who, []).append(time)
+        """A time to come back at, in seconds from now, and a place kept for then. Who already has as many places as one
+        client is kept, or would have to wait beyond the horizon, gets a time but no place: a flood books nothing."""
+        times = [time for time in self._promises.pop(who, []) if now <= time + PATIENCE]
+        time = max(now + max(wait, 1.0), self._promised_until)
+        if len(times) < PLACES and time - now < HORIZON:
+            work = costs.work([*pending, *new]) - costs.work(pending)
+            self._promised_until = time + work / PROMISED
+            times.append(time)
+        self._promises[who] = times
         while len(self._promises) > PROMISES:
             self._promises.popitem(last=False)
-        return max(1, math.ceil(time - now))
+        return math.ceil(min(time - now, HORIZON))
 
 
 def _overrun(new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, share: float) -> float:

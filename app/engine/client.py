@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from app.engine.config import EngineConfig
 from app.engine.costs import Costs
 from app.engine.jobs import Job, Row
 from app.metrics import Metrics
-from app.problems import EXPIRED, EngineDied, NotReady, Overloaded, Problem, from_engine
+from app.problems import EngineDied, InvalidRequest, NotReady, Overloaded, Problem, expired, from_engine
 
 log = logging.getLogger("app.engine")
 
@@ -26,6 +27,7 @@ HUNG_S = 20.0  # without an answer for this long, the engine is killed and start
 FRESH_S = 3.0  # readiness wants an answer not older than this
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the next start, by deaths in a row
 SETTLED_S = 60.0  # an engine that lived this long starts again at once
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # our log is JSON lines
 GRACE_S = 0.05  # past the deadline, for an answer that is on its way
 
 
@@ -93,7 +95,7 @@ class EngineClient:
             async with asyncio.timeout(max(0.0, jobs[0].deadline - time.monotonic()) + GRACE_S):
                 return await asyncio.gather(*answers)
         except TimeoutError:
-            raise EXPIRED from None
+            raise expired() from None
         finally:
             left = [job.id for job in jobs if self._pending.pop(job.id, None) is not None]
             if left:
@@ -130,9 +132,11 @@ class EngineClient:
     def _admit(self, jobs: Sequence[Job], who: str) -> None:
         self.require_ready()
         assert self._costs is not None
+        rows, now = [_row(job) for job in jobs], time.monotonic()
+        if (needed := self._costs.alone(rows[0])) > rows[0].deadline - now:
+            raise InvalidRequest(f"this machine needs {needed:.2f} s for this request at the least", "timeout")
         pending = [pending.row for pending in self._pending.values()]
-        costs = self._costs.scaled(self._drift)
-        refusal = self._door.ask([_row(job) for job in jobs], pending, costs, time.monotonic(), who)
+        refusal = self._door.ask(rows, pending, self._costs.scaled(self._drift), now, who)
         if refusal is not None:
             detail = f"{refusal.reason}; ask again in {refusal.retry_after} s"
             raise Overloaded(detail, retry_after=refusal.retry_after)
@@ -167,6 +171,7 @@ class EngineClient:
                 *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno())),
                 msgspec.json.encode(self.config).decode(),
                 pass_fds=[theirs.fileno()],
+                env={**QUIET, **os.environ},
                 start_new_session=True,  # a Ctrl-C in the terminal is for us to act on
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -53,9 +52,7 @@ def test_an_answer_that_would_come_too_late_is_a_504_or_a_429(server):
 
 def test_a_timeout_no_machine_could_meet_is_refused_at_the_door(server):
     response = httpx.post(f"{server.url}/generate", json={**APPLE, "timeout": 0.001}, timeout=10)
-    assert response.status_code == 429
-    assert int(response.headers["retry-after"]) >= 1
-    assert "timeout must be at least" in response.json()["detail"]
+    assert (response.status_code, response.json()["field"]) == (422, "timeout")
 
 
 def test_a_client_that_leaves_takes_its_work_with_it(server):
@@ -81,7 +78,6 @@ def test_every_request_is_in_the_ledger_once_idle(server):
     server.generate(steps=1)
     server.generate(steps=3)
     ask_and_leave(server, n=8)
-    httpx.post(f"{server.url}/generate", json={**APPLE, "timeout": 0.001})
 
     def balanced() -> bool:
         metrics = server.metrics()
@@ -90,7 +86,7 @@ def test_every_request_is_in_the_ledger_once_idle(server):
 
     assert eventually(balanced)
     metrics = server.metrics()
-    assert all(total(metrics, outcome) > 0 for outcome in ("ok", "invalid", "refused", "dropped"))
+    assert all(total(metrics, outcome) > 0 for outcome in ("ok", "invalid", "dropped"))
 
 
 def test_a_burst_of_64_is_served_whole(server):
@@ -103,6 +99,10 @@ def test_a_full_queue_answers_429_at_once_and_serves_what_it_took(start_server):
     responses = burst(server, 40, steps=8)
     codes = {response.status_code for response in responses}
     assert codes == {200, 429}
+    metrics = server.metrics()
+    assert (total(metrics, "ok"), total(metrics, "refused")) == tuple(
+        sum(response.status_code == status for response in responses) for status in (200, 429)
+    )
     assert all(int(r.headers["retry-after"]) >= 1 for r in responses if r.status_code == 429)
     assert sum(response.status_code == 200 for response in responses) >= 8
 
@@ -163,8 +163,7 @@ def test_a_later_second_sigint_ends_at_once(start_server):
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGINT)
         server.process.wait(8)
-        with pytest.raises(httpx.TransportError):
-            stuck.result()
+        assert stuck.exception() is not None or stuck.result().status_code == 503
 
 
 def test_the_engine_leaves_with_a_killed_server(start_server):
