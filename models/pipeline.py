@@ -162,7 +162,7 @@ class Pipeline:
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
         embeds = torch.stack([row.prompt_embeds for row in conditioning])
         pooled = torch.stack([row.pooled for row in conditioning])
-        time_ids = self._time_ids(height, width).expand(len(conditioning), -1)
+        time_ids = self._time_ids(height, width).repeat(len(conditioning), 1)  # compiled code reads it as it lies
         sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
         scaled = model_input(latents, sigma).to(self.dtype).contiguous(memory_format=torch.channels_last)
         out = unet(scaled, schedule.timesteps[step], embeds, pooled, time_ids)

@@ -1,0 +1,66 @@
+"""Code compiled ahead of time draws what the modules draw, for any batch and every weight set bound to it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import compiled
+from models.catalog import CATALOG
+from models.pipeline import Pipeline
+from models.registry import Registry, Tier
+from models.weights import WeightStore
+
+STORE = WeightStore(CATALOG["embedded"])
+VARIANTS = ("1step-unet", "4step-unet", "4step-lora")
+PROMPTS = ["a red apple on a blue background", "a robot", "pizza, green background"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> compiled.Recipe:
+    """Built as a server builds it: by a process of its own, in about a minute."""
+    assert compiled.can_build(), "install g++"
+    recipe = compiled.Recipe(STORE, torch.float32, tmp_path_factory.mktemp("cache"))
+    assert not recipe.is_built()
+    build = compiled.start_build(recipe)
+    _, errors = build.communicate(timeout=500)
+    assert build.returncode == 0, errors.decode()[-2000:]
+    assert recipe.is_built()
+    return recipe
+
+
+def test_compiled_steps_equal_eager_ones_at_any_batch_and_for_any_weights(recipe):
+    pipeline = Pipeline(STORE, "cpu", torch.float32)
+    eager, fast = (Registry(STORE, "cpu", torch.float32, [Tier("cpu", 1 << 40)]) for _ in range(2))
+    fast.use_compiled(compiled.load_unet(recipe))
+    for name in VARIANTS:
+        eager.load(name)
+        fast.load(name)
+    for batch in (1, 3, 16, compiled.LARGEST_BATCH):
+        for name in VARIANTS:
+            schedule = eager.schedules[name]
+            rows = pipeline.encode([PROMPTS[k % 3] for k in range(batch)])
+            latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(batch)])
+            step = torch.arange(batch) % len(schedule.timesteps)
+            ours, theirs = (
+                pipeline.denoise(registry.use(name), schedule, latents, step, rows) for registry in (fast, eager)
+            )
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_text_encoders_equal_eager_ones(recipe):
+    eager, fast = Pipeline(STORE, "cpu", torch.float32), Pipeline(STORE, "cpu", torch.float32)
+    fast.text = compiled.load_text(recipe)
+    for ours, theirs in zip(fast.encode(PROMPTS), eager.encode(PROMPTS), strict=True):
+        torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.pooled, theirs.pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_code_is_rebuilt_when_what_it_was_made_from_changes(tmp_path: Path, embedded_copy: Path):
+    ours = compiled.Recipe(STORE, torch.float32, tmp_path)
+    copy = compiled.Recipe(WeightStore(STORE.family, embedded_copy), torch.float32, tmp_path)
+    assert ours.package("text") == copy.package("text")
+    assert ours.package("unet") != compiled.Recipe(STORE, torch.bfloat16, tmp_path).package("unet")
+    path = embedded_copy / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert ours.package("text") != copy.package("text")
