@@ -109,14 +109,28 @@ def glyph(codepoint: str) -> Image.Image:
 
 def draw(codepoint: str, background: str, rng: random.Random | None = None) -> np.ndarray:
     """One picture, uint8 (128, 128, 3); without a generator, the object is exactly centred at 0.86 of the width."""
+    art, where = place(codepoint, rng)
+    picture = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[background])
+    picture.paste(art, where, art)
+    return np.asarray(picture)
+
+
+def place(codepoint: str, rng: random.Random | None) -> tuple[Image.Image, tuple[int, int]]:
+    """The object at its size, and its upper left corner."""
     art = glyph(codepoint)
     scale = rng.uniform(*SCALES) if rng else 1.0
     dx, dy = (rng.randint(-SHIFT, SHIFT), rng.randint(-SHIFT, SHIFT)) if rng else (0, 0)
     ratio = FILL * scale * SIZE / max(art.size)
     width, height = (max(1, round(side * ratio)) for side in art.size)
     art = art.resize((width, height), Image.Resampling.LANCZOS)
-    picture = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[background])
-    picture.paste(art, ((SIZE - width) // 2 + dx, (SIZE - height) // 2 + dy), art)
+    return art, ((SIZE - width) // 2 + dx, (SIZE - height) // 2 + dy)
+
+
+def cut_out(codepoint: str, rng: random.Random) -> np.ndarray:
+    """The object over nothing: uint8 (128, 128, 4), straight alpha."""
+    art, where = place(codepoint, rng)
+    picture = Image.new("RGBA", (SIZE, SIZE))
+    picture.paste(art, where)
     return np.asarray(picture)
 
 

@@ -25,14 +25,14 @@ GUIDANCE = 3.0  # folded in at stage 0 and never again (the paper's is 6, for SD
 class Plan:
     """Iterations of each phase: (LoRA conditional, LoRA relaxed, full relaxed) by the student's steps."""
 
-    many: tuple[int, int] = (100, 100)  # stage 0: LoRA, full
+    many: tuple[int, int] = (60, 40)  # stage 0: LoRA, full
     adversarial: tuple[tuple[int, tuple[int, int, int]], ...] = (
-        (8, (50, 50, 100)),
-        (4, (60, 60, 120)),
-        (2, (60, 60, 140)),
-        (1, (100, 0, 160)),  # no LoRA: conditional and relaxed are both of the full network
+        (8, (25, 25, 50)),
+        (4, (40, 40, 70)),
+        (2, (40, 40, 70)),
+        (1, (15, 0, 30)),  # no LoRA: conditional and relaxed are both of the full network
     )
-    switch: int = 60  # iterations of the epsilon to x0 switch
+    switch: int = 450  # iterations of the epsilon to x0 switch
     batch: int = 32
     anchor: float = 30.0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -44,6 +45,8 @@ ROWS = [
     *(Row(name, n) for n in model.STEPS for name in ("unet", "lora", "mse_only", "teacher_undistilled", "leading")),
 ]
 ROWS.remove(Row("lora", 1))  # there is none, as in the release
+SHOWN = ["real", "teacher-32", *(f"unet-{n}" for n in model.STEPS), "lora-8", "lora-4", "lora-2"]
+SHOWN += [f"teacher_undistilled-{n}" for n in model.STEPS]
 
 
 def prompts_of(pairs: list[tuple[int, str]]) -> list[str]:
@@ -197,6 +200,8 @@ def main(
     real, path = Renders(who, pairs), docs / "evaluation.json"
     rows = json.loads(path.read_text())["rows"] if only and path.exists() else []
     for row in [row for row in ROWS if not only or row.model in only]:
+        if row.model == "mse_only" and not model.unet_file(runs / "distill_mse", row.steps).exists():
+            continue  # the ablation was not run
         unet = unet_of(row, made, embedded, runs / "distill_mse")
         pictures = draw_row(row, made, unet, prompts_of(pairs))
         rows = [old for old in rows if (old["model"], old["steps"]) != (row.model, row.steps)]
@@ -209,10 +214,22 @@ def main(
             "nearest_render": real.nearest(real.real),
         }
         path.write_text(json.dumps({"rows": rows, "real_renders": about_real}, indent=1) + "\n")
-        sheets.montage(pictures[:: SEEDS * 4][:60].reshape(-1, 12, *pictures.shape[1:])).save(
-            runs / f"sheet-{row.model}-{row.steps}.png"
-        ) if count >= 1000 else None
-    (docs / "evaluation.md").write_text(table(rows))
+        keep_strip(pictures, runs / "strips" / f"{row.model}-{row.steps}.png")
+        (docs / "evaluation.md").write_text(table(rows))
+    keep_strip(real.real, runs / "strips" / "real.png")
+    write_samples(runs / "strips", docs / "samples.png")
+
+
+def keep_strip(pictures: np.ndarray, path: Path, count: int = 12) -> None:
+    """The first seed of the first prompts, side by side."""
+    path.parent.mkdir(exist_ok=True)
+    sheets.montage([pictures[::SEEDS][:count]]).save(path)
+
+
+def write_samples(strips: Path, path: Path) -> None:
+    """All strips that there are, in the order of SHOWN: the same prompts and seeds in each column."""
+    found = [strips / f"{name}.png" for name in SHOWN if (strips / f"{name}.png").exists()]
+    sheets.montage([[np.asarray(Image.open(strip))] for strip in found]).save(path)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Rates:
     mse: float = 5e-4
     lora: float = 4e-4
     full: float = 1e-4
+    switch: float = 1e-3  # to x0 is far: at 5e-4, 100 iterations had learned nothing (MSE 1.2 where the variance is 1)
     critic: float = 2e-4
 
 
@@ -85,7 +86,7 @@ def match(
 def switch_to_x0(shop: Workshop, name: str, stage: Stage, student: UNet2DConditionModel, frozen, steps: int) -> None:
     """Make the student say x0 where its frozen copy says epsilon (section 3.7.3)."""
     params, online, offline = trainable(student), predictors.of(student), predictors.of(frozen)
-    optimizer = torch.optim.Adam(params, lr=shop.rates.mse, betas=(0.9, 0.999))
+    optimizer = torch.optim.Adam(params, lr=shop.rates.switch, betas=(0.9, 0.999))
     path = shop.folder / f"{name}.pt"
     log = Log(path.with_suffix(".jsonl"), steps, load(path, student=student, optimizer=optimizer))
     for step in log.steps():
@@ -94,7 +95,7 @@ def switch_to_x0(shop: Workshop, name: str, stage: Stage, student: UNet2DConditi
         with torch.no_grad():
             epsilon = offline(batch.x_t, t, batch.text)
         loss = paper.x0_switch_loss(online(batch.x_t, t, batch.text), batch.x_t, epsilon, t)
-        _descend(optimizer, params, loss, cosine(step, steps, shop.rates.mse, warmup=20))
+        _descend(optimizer, params, loss, cosine(step, steps, shop.rates.switch, warmup=20))
         log.note(step, mse=loss)
         if step % 100 == 0 or step == steps:
             save(path, step, student=student, optimizer=optimizer)
