@@ -23,6 +23,7 @@ from tqdm import tqdm
 from distill import data, judge, model, sheets
 from distill.diffusion import CLEAN, STEPS
 from distill.distill import GUIDANCE
+from distill.nearest import Nearest
 from distill.training import device
 
 SEEDS = 4  # pictures a prompt: what diversity is measured over
@@ -106,11 +107,27 @@ class Renders:
     def __init__(self, who: judge.Judge, pairs: list[tuple[int, str]]) -> None:
         self.pairs = pairs
         self.real = data.draw_batch(pairs, random.Random(21))
-        self.whole, self.patch, thing, background = judge.look(who, self.real)
-        wanted = judge.labels(pairs)
-        self.accuracy = [(a == b).float().mean().item() for a, b in zip((thing, background), wanted, strict=True)]
+        self.whole, self.patch, thing, _ = judge.look(who, self.real)
+        self.wanted = tuple(labels.cpu() for labels in judge.labels(pairs))
+        self.named = thing.cpu()
+        self.namer = Nearest()
         rng = random.Random(22)
         self.bank = {pair: small(data.draw_batch([pair] * 24, rng)) for pair in dict.fromkeys(pairs)}
+
+    def about(self, who: judge.Judge) -> dict:
+        """The same measures of the real renders themselves: what a perfect model would get."""
+        thing, background = self.namer.name(self.real)
+        again = judge.look(who, data.draw_batch(self.pairs, random.Random(77)))
+        return {
+            "object_accuracy": share(thing, self.wanted[0]),
+            "background_accuracy": share(background, self.wanted[1]),
+            "object_accuracy_cnn": share(self.named, self.wanted[0]),
+            "frechet": judge.frechet(again[0], self.whole),
+            "patch_frechet": judge.frechet(again[1], self.patch),
+            "diversity": diversity(self.real),
+            "nearest_render": self.nearest(self.real),
+            "n": len(self.pairs),
+        }
 
     def nearest(self, pictures: np.ndarray) -> float:
         """Mean root-mean-square distance (0 .. 1) to the nearest of 24 jittered renders of the same pair."""
@@ -129,10 +146,14 @@ def diversity(pictures: np.ndarray) -> float:
     return torch.stack(apart).mean().item()
 
 
-def interval(share: float, n: int) -> list[float]:
+def share(said: Tensor, wanted: Tensor) -> float:
+    return (said == wanted).float().mean().item()
+
+
+def interval(right: float, n: int) -> list[float]:
     """95 %, Wilson."""
     z = 1.96
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle, half = right + z * z / (2 * n), z * math.sqrt(right * (1 - right) / n + z * z / (4 * n * n))
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
 
 
@@ -148,18 +169,17 @@ def bootstrap(drawn: Tensor, real: Tensor) -> list[float]:
 
 
 def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders) -> dict:
-    whole, patch, thing, background = judge.look(who, pictures)
-    wanted_thing, wanted_background = judge.labels(real.pairs)
-    n = len(pictures)
-    right, behind = (
-        (thing == wanted_thing).float().mean().item(),
-        (background == wanted_background).float().mean().item(),
-    )
+    """One row of the table: distill.nearest names, the CNN gives features (and names too, for comparison)."""
+    whole, patch, named, _ = judge.look(who, pictures)
+    thing, background = real.namer.name(pictures)
+    wanted_thing, wanted_background = real.wanted
+    n, right, behind = len(pictures), share(thing, wanted_thing), share(background, wanted_background)
     return {
         "model": row.model,
         "steps": row.steps,
         "object_accuracy": round(right, 4),
         "background_accuracy": round(behind, 4),
+        "object_accuracy_cnn": round(share(named.cpu(), wanted_thing), 4),
         "frechet": round(judge.frechet(whole, real.whole), 3),
         "patch_frechet": round(judge.frechet(patch, real.patch), 3),
         "diversity": round(diversity(pictures), 4),
@@ -175,8 +195,28 @@ def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders) -> 
 
 
 def table(rows: list[dict]) -> str:
-    head = ["model", "steps", "object", "background", "Fréchet", "patch Fréchet", "nearest render", "diversity", "n"]
-    keys = ["model", "steps", "object_accuracy", "background_accuracy", "frechet", "patch_frechet", "nearest_render"]
+    head = [
+        "model",
+        "steps",
+        "object",
+        "background",
+        "object, CNN",
+        "Fréchet",
+        "patch Fréchet",
+        "nearest render",
+        "diversity",
+        "n",
+    ]
+    keys = [
+        "model",
+        "steps",
+        "object_accuracy",
+        "background_accuracy",
+        "object_accuracy_cnn",
+        "frechet",
+        "patch_frechet",
+        "nearest_render",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(str(row[key]) for key in [*keys, "diversity", "n"]) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -198,6 +238,7 @@ def main(
     chosen = random.Random(5).sample(held_out, min(count // SEEDS, len(held_out)))
     pairs = [pair for pair in chosen for _ in range(SEEDS)]
     real, path = Renders(who, pairs), docs / "evaluation.json"
+    about_real = real.about(who)
     rows = json.loads(path.read_text())["rows"] if only and path.exists() else []
     for row in [row for row in ROWS if not only or row.model in only]:
         if row.model == "mse_only" and not model.unet_file(runs / "distill_mse", row.steps).exists():
@@ -207,17 +248,11 @@ def main(
         rows = [old for old in rows if (old["model"], old["steps"]) != (row.model, row.steps)]
         rows.append(measure(row, pictures, who, real))
         rows.sort(key=lambda found: ROWS.index(Row(found["model"], found["steps"])))
-        about_real = {
-            "object_accuracy": real.accuracy[0],
-            "background_accuracy": real.accuracy[1],
-            "diversity": diversity(real.real),
-            "nearest_render": real.nearest(real.real),
-        }
         path.write_text(json.dumps({"rows": rows, "real_renders": about_real}, indent=1) + "\n")
         keep_strip(pictures, runs / "strips" / f"{row.model}-{row.steps}.png")
         (docs / "evaluation.md").write_text(table(rows))
     keep_strip(real.real, runs / "strips" / "real.png")
-    write_samples(runs / "strips", docs / "samples.png")
+    write_samples(runs / "strips", docs / "samples.jpg")
 
 
 def keep_strip(pictures: np.ndarray, path: Path, count: int = 12) -> None:
@@ -229,7 +264,7 @@ def keep_strip(pictures: np.ndarray, path: Path, count: int = 12) -> None:
 def write_samples(strips: Path, path: Path) -> None:
     """All strips that there are, in the order of SHOWN: the same prompts and seeds in each column."""
     found = [strips / f"{name}.png" for name in SHOWN if (strips / f"{name}.png").exists()]
-    sheets.montage([[np.asarray(Image.open(strip))] for strip in found]).save(path)
+    sheets.montage([[np.asarray(Image.open(strip))] for strip in found]).save(path, quality=88)
 
 
 if __name__ == "__main__":

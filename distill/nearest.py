@@ -1,4 +1,4 @@
-"""A second judge, with nothing trained: the nearest render at 24 x 24 px names the object, the corners the background."""
+"""A judge with nothing trained: the nearest render at 24 x 24 px names the object, the corners the background."""
 
 from __future__ import annotations
 
