@@ -38,10 +38,9 @@ def draw(settings: EngineSettings, prompt: str, variant: str, seed: int, output:
     conditioning = pipeline.encode([prompt])
     for step in range(family.variants[variant].steps):
         latents = pipeline.denoise(unet, schedule, latents, torch.tensor([step], device=device), conditioning)
-    decoded = pipeline.decode(latents)
-    decoded.wait()
+    pixels, _ = pipeline.decode(latents)
     parameters = {"Steps": family.variants[variant].steps, "Seed": seed, "Model": f"sdxl-lightning-{variant}"}
-    output.write_bytes(encode(decoded.pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
+    output.write_bytes(encode(pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
 
 
 def list_variants(settings: EngineSettings, family: Family) -> None:

@@ -24,7 +24,12 @@ class EngineSettings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="by default float16 on CUDA; on a CPU bfloat16 where it has it in hardware, else float32"
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="torch's threads on a CPU; by default all cores")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="torch's threads on a CPU; by default all cores",
+    )
     max_batch: int | None = Field(
         None, ge=1, le=32, description="largest batch to measure; by default 16 on a CPU, 8 on CUDA"
     )

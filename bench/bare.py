@@ -32,8 +32,8 @@ def draw(pipeline: Pipeline, registry: Registry, prompt: str, variant: str, seed
     latents = pipeline.noise(seed, side, side, schedule)[None]
     for step in range(len(schedule.timesteps)):
         latents = pipeline.denoise(unet, schedule, latents, torch.tensor([step]), conditioning)
-    decoded = pipeline.decode(latents)
-    return images.encode(decoded.pixels[0].numpy().tobytes(), side, side, "png", 90, {"seed": seed})
+    pixels, _ = pipeline.decode(latents)
+    return images.encode(pixels[0].numpy().tobytes(), side, side, "png", 90, {"seed": seed})
 
 
 def main() -> None:

@@ -83,7 +83,8 @@ async def _bare(engine: asyncio.subprocess.Process, ask: Work) -> float:
 @asynccontextmanager
 async def _bare_engine(threads: int) -> AsyncIterator[tuple[asyncio.subprocess.Process, bool]]:
     engine = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench.bare", cwd=ROOT, env={**os.environ, "MODEL": "embedded", "THREADS": str(threads)},
+        sys.executable, "-m", "bench.bare", cwd=ROOT,
+        env={**os.environ, "MODEL": "embedded", "THREADS": str(threads)},
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert engine.stdin is not None

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+from transformers import (
+    BatchEncoding,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from models import weights
 from models.schedule import Schedule, euler_step, model_input
@@ -61,21 +68,6 @@ class Decoder(nn.Module):
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sound
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """Pictures on their way to the host. pixels: (B, H, W, 3) uint8; sound: (B,) bool, False where a picture is NaN or
-    flat. On a GPU the copy is still under way until wait() returns."""
-
-    pixels: Tensor
-    sound: Tensor
-    arrived: torch.cuda.Event | None = None
-
-    def wait(self) -> None:
-        """Block this thread (not the GIL) until the pictures are on the host."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-
-
 class Pipeline:
     """Everything of a family but the UNet's weights, which the registry owns."""
 
@@ -117,10 +109,12 @@ class Pipeline:
         """Conditioning of each prompt; new prompts go through the text encoders in one batch, known ones are cached."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
         if new:
-            ids = [self._tokenize(tokenizer, new) for tokenizer in self.tokenizers]
-            embeds, pooled = self.text(ids[0].to(self.device), ids[1].to(self.device))
+            tokens = [self._tokenize(tokenizer, new) for tokenizer in self.tokenizers]
+            embeds, pooled = self.text(*(each.input_ids.to(self.device) for each in tokens))
+            is_full = (tokens[0].attention_mask | tokens[1].attention_mask).all(dim=1).tolist()
             for row, prompt in enumerate(new):
-                self._prompts[prompt] = Conditioning(embeds[row].clone(), pooled[row].clone(), self._is_cut(prompt))
+                is_cut = is_full[row] and self._is_cut(prompt)
+                self._prompts[prompt] = Conditioning(embeds[row].clone(), pooled[row].clone(), is_cut)
         found = []
         for prompt in prompts:
             self._prompts.move_to_end(prompt)
@@ -130,10 +124,10 @@ class Pipeline:
         return found
 
     @staticmethod
-    def _tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    def _tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> BatchEncoding:
         return tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
+        )
 
     def _is_cut(self, prompt: str) -> bool:
         return any(len(tokenizer(prompt).input_ids) > tokenizer.model_max_length for tokenizer in self.tokenizers)
@@ -174,18 +168,21 @@ class Pipeline:
         return ids.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Decoded:
-        """Begin to turn latents (B, 4, h, w) into pictures on the host. On a GPU this runs beside the next steps, on a
-        stream of its own, and copies into pinned memory."""
+    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, H, W, 3) uint8, and (B,) bool, False where one is NaN or flat; both on the host.
+
+        Blocks the calling thread and no other: called beside the thread that denoises, it overlaps the next steps; on
+        a GPU on a stream of its own, with copies into pinned memory. latents: (B, 4, h, w), complete.
+        """
         if self._stream is None:
-            return Decoded(*self.decoder(latents))
-        self._stream.wait_stream(torch.cuda.current_stream())
+            return self.decoder(latents)
         with torch.cuda.stream(self._stream):
-            latents.record_stream(self._stream)
-            on_host = []
-            for part in self.decoder(latents):
-                on_host.append(torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True))
-            return Decoded(on_host[0], on_host[1], self._stream.record_event())
+            pixels, sound = (
+                torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+                for part in self.decoder(latents)
+            )
+            self._stream.synchronize()
+        return pixels, sound
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

@@ -28,7 +28,7 @@ from app.engine.messages import (
     Worked,
 )
 from app.engine.scheduler import plan
-from models.pipeline import Conditioning, Decoded, Pipeline
+from models.pipeline import Conditioning, Pipeline
 from models.registry import Registry
 
 Inbox = queue.SimpleQueue[ToEngine | Callable[[], None]]
@@ -58,7 +58,7 @@ class Running:
 
 
 class Loop:
-    """Owns the device. Everything but finish() runs in one thread; other threads post to the inbox.
+    """Owns the device. Other threads post to the inbox; on a GPU one of them decodes.
 
     send: puts a message on the wire; may be called from any thread.
     """
@@ -71,8 +71,12 @@ class Loop:
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._loading: set[str] = set()
-        self._finishing: queue.SimpleQueue[tuple[Decoded, list[Running], float]] = queue.SimpleQueue()
-        threading.Thread(target=self._finish_forever, daemon=True, name="finish").start()
+        self._finishing: queue.SimpleQueue[list[Running]] = queue.SimpleQueue()
+        # On a GPU a second thread decodes beside the next steps. On a CPU both would want the same cores, and compiled
+        # code holds the interpreter's lock: measured, 33 images/s instead of 70 (docs/decisions.md).
+        self._decodes_beside = pipeline.device != "cpu"
+        if self._decodes_beside:
+            threading.Thread(target=self._decode_forever, daemon=True, name="decode").start()
 
     def run(self) -> None:
         """Serve until the process ends."""
@@ -102,9 +106,10 @@ class Loop:
         for row in todo.refuse:
             self._fail(row.id, "expired")
         if todo.decode:
-            self._decode([self.board.pop(row.id) for row in todo.decode])
+            self._finish([self.board.pop(row.id) for row in todo.decode])
         if todo.step:
-            self._step([self.board[row.id] for row in todo.step])
+            self._encode([running for running in self.board.values() if running.conditioning is None])
+            self._step([self.board[row.id] for row in todo.step if row.id in self.board])
         self._tend_loading(now)
 
     def report(self) -> Report:
@@ -139,7 +144,7 @@ class Loop:
                 message()
 
     def _step(self, rows: list[Running]) -> None:
-        rows = self._encode(rows)
+        rows = [row for row in rows if row.conditioning is not None]  # a row whose prompt failed has left the board
         if not rows:
             return
         start = time.monotonic()
@@ -175,51 +180,47 @@ class Loop:
         self.pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
         return stepped
 
-    def _encode(self, rows: list[Running]) -> list[Running]:
-        """Give every row its conditioning; returns those that have it."""
-        new = [row for row in rows if row.conditioning is None]
+    def _encode(self, new: list[Running]) -> None:
+        """Give rows their conditioning, all that are new together: a call costs more than a prompt."""
         if not new:
-            return rows
+            return
         start = time.monotonic()
         try:
             encoded = self.pipeline.encode([row.job.prompt for row in new])
         except Exception as error:
             self._isolate(new, error, self._encode)
-            return [row for row in rows if row.conditioning is not None]
+            return
         seconds = time.monotonic() - start
         for running, conditioning in zip(new, encoded, strict=True):
             running.conditioning = conditioning
             running.spent("encode", seconds)
         self._worked("encode", new, seconds)
-        return rows
+
+    def _finish(self, rows: list[Running]) -> None:
+        chunk = self.costs.best_decode_batch
+        for start in range(0, len(rows), chunk):
+            if self._decodes_beside:
+                self._finishing.put(rows[start : start + chunk])
+            else:
+                self._decode(rows[start : start + chunk])
+
+    def _decode_forever(self) -> None:
+        while True:
+            self._decode(self._finishing.get())
 
     def _decode(self, rows: list[Running]) -> None:
-        while rows:
-            chunk, rows = rows[: self.costs.best_decode_batch], rows[self.costs.best_decode_batch :]
-            start = time.monotonic()
-            try:
-                latents = torch.stack([row.latents for row in chunk if row.latents is not None])
-                decoded = self.pipeline.decode(latents)
-            except Exception as error:
-                self._isolate(chunk, error, self._decode)
-                continue
-            self._finishing.put((decoded, chunk, start))
-
-    def _finish_forever(self) -> None:
-        while True:
-            decoded, rows, start = self._finishing.get()
-            try:
-                decoded.wait()
-            except Exception as error:
-                end_if_the_device_is_lost(error)
-                for running in rows:
-                    self.send(Failed(running.job.id, "failed", type(error).__name__))
-                continue
-            seconds = time.monotonic() - start
-            for running, pixels, sound in zip(rows, decoded.pixels, decoded.sound.tolist(), strict=True):
-                running.spent("decode", seconds)
-                self._send_picture(running, pixels, sound)
-            self._worked("decode", rows, seconds)
+        start = time.monotonic()
+        try:
+            latents = torch.stack([row.latents for row in rows if row.latents is not None])
+            pictures, sound = self.pipeline.decode(latents)
+        except Exception as error:
+            self._isolate(rows, error, self._decode)
+            return
+        seconds = time.monotonic() - start
+        for running, pixels, is_sound in zip(rows, pictures, sound.tolist(), strict=True):
+            running.spent("decode", seconds)
+            self._send_picture(running, pixels, is_sound)
+        self._worked("decode", rows, seconds)
 
     def _send_picture(self, running: Running, pixels: Tensor, sound: bool) -> None:
         job = running.job
