@@ -9,13 +9,16 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.metrics import Metrics
+from app.problems import unexpected
 
 BODY_LIMIT = 64 << 10  # bytes; a prompt of 2,000 characters takes 12 KB at most, fully escaped 24 KB
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OUTCOMES = {200: "ok", 429: "refused", 503: "refused", 504: "expired"}
+LOST = ("engine_died", "unavailable")  # codes of a 503 for what had been accepted
 
 log = logging.getLogger("app.http")
 
@@ -26,7 +29,6 @@ class Front:
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
-        self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other scopes pass."""
@@ -35,7 +37,7 @@ class Front:
             return
         state = scope.setdefault("state", {})
         state["request_id"] = _request_id(Headers(scope=scope))
-        start, status = time.monotonic(), 0
+        start, status, read = time.monotonic(), 0, 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -45,13 +47,26 @@ class Front:
             await send(message)
 
         counts = scope["method"] == "POST" and scope["path"] == "/generate"
-        self.in_flight += counts
         if counts:
             self.metrics.received.inc()
+
+        async def receive_limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > BODY_LIMIT:
+                raise HTTPException(413, f"the body is larger than the limit of {BODY_LIMIT} bytes")
+            if message["type"] == "http.disconnect" and status == 0:
+                state["client_left"] = True
+            return message
+
         try:
-            await self.app(scope, _limited(receive), send_with_id)
+            await self.app(scope, receive_limited, send_with_id)
+        except Exception:
+            log.exception("unexpected fault", extra={"fields": {"id": state["request_id"]}})
+            if status == 0:
+                await unexpected(Request(scope))(scope, receive, send_with_id)
         finally:
-            self.in_flight -= counts
             seconds = time.monotonic() - start
             if counts:
                 self._settle(state, status, seconds)
@@ -67,28 +82,14 @@ class Front:
 def _outcome(state: MutableMapping[str, Any], status: int) -> str:
     if status >= 500 and status not in (503, 504):
         return "failed"
-    if state.get("accepted") and status == 503:
-        return "failed"  # it was let in, and lost with the engine
+    if state.get("code") in LOST:
+        return "failed"
     return OUTCOMES.get(status, "invalid")
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _limited(receive: Receive) -> Receive:
-    read = 0
-
-    async def limited() -> Message:
-        nonlocal read
-        message = await receive()
-        read += len(message.get("body", b""))
-        if read > BODY_LIMIT:
-            raise HTTPException(413, f"the body is larger than the limit of {BODY_LIMIT} bytes")
-        return message
-
-    return limited
 
 
 def _log_line(scope: Scope, state: MutableMapping[str, Any], status: int, seconds: float) -> None:

@@ -38,7 +38,8 @@ def draw(settings: EngineSettings, prompt: str, variant: str, seed: int, output:
     conditioning = pipeline.encode([prompt])
     for step in range(family.variants[variant].steps):
         latents = pipeline.denoise(unet, schedule, latents, torch.tensor([step], device=device), conditioning)
-    pixels, _ = pipeline.decode(latents)
+    pipeline.synchronize()
+    pixels, _ = pipeline.decode(list(latents))
     parameters = {"Steps": family.variants[variant].steps, "Seed": seed, "Model": f"sdxl-lightning-{variant}"}
     output.write_bytes(encode(pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
 

@@ -1,5 +1,6 @@
 """Every refusal and fault as RFC 9457 problem+json: what came, what is possible, what to do. One class a cause."""
 
+from http import HTTPStatus
 from typing import ClassVar
 
 from fastapi import FastAPI, Request
@@ -108,7 +109,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def respond(
@@ -121,13 +121,20 @@ def respond(
     retry_after: int | None = None,
 ) -> JSONResponse:
     """A problem+json response."""
-    body: dict[str, object] = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
+    request.scope.setdefault("state", {})["code"] = code  # for the ledger
+    body: dict[str, object] = {"type": "about:blank", "title": title, "status": status, "code": code}
+    body["detail"] = _utf8(detail)
     if field is not None:
-        body["field"] = field
+        body["field"] = _utf8(field)
     if request_id := request.scope.get("state", {}).get("request_id"):
         body["request_id"] = request_id
     headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
     return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def _utf8(text: str) -> str:
+    """The same text with what UTF-8 cannot say replaced: a field's name may hold lone surrogates."""
+    return text.encode(errors="replace").decode()
 
 
 async def _problem(request: Request, error: Exception) -> JSONResponse:
@@ -153,8 +160,11 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code, "http_error")
-    return respond(request, error.status_code, code, str(error.detail), str(error.detail))
+    response = respond(request, error.status_code, code, HTTPStatus(error.status_code).phrase, str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
 
 
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+def unexpected(request: Request) -> JSONResponse:
+    """The answer to a fault nobody foresaw."""
     return respond(request, Problem.status, Problem.code, Problem.title, "an unexpected fault; see the server's log")

@@ -40,7 +40,9 @@ class GenerateRequest(BaseModel):
     width: StrictInt = Field(default_factory=int, ge=8, le=4096, description="pixels; the model's own size if absent")
     height: StrictInt = Field(default_factory=int, ge=8, le=4096, description="pixels; the model's own size if absent")
     size: StrictStr = Field(
-        default_factory=str, pattern=r"^\d{1,4}x\d{1,4}$", description="WIDTHxHEIGHT, instead of width and height"
+        default_factory=str,
+        pattern=r"^[1-9]\d{0,3}x[1-9]\d{0,3}$",
+        description="WIDTHxHEIGHT, instead of both",
     )
     guidance_scale: StrictFloat = Field(0.0, description="0 or absent: Lightning has no guidance")
     negative_prompt: StrictStr = Field("", max_length=2000, description="empty or absent: Lightning has no guidance")

@@ -1,6 +1,7 @@
 """uvicorn, with a drain: after SIGTERM or SIGINT accepted requests finish, and new ones are told to go elsewhere."""
 
 import logging
+import signal
 import time
 from types import FrameType
 
@@ -42,7 +43,7 @@ class Server(uvicorn.Server):
         if self._draining_since is None:
             self._draining_since = now
             self._engine.draining = True
-        elif now - self._draining_since > SECOND_S:
+        elif sig == signal.SIGINT and now - self._draining_since > SECOND_S:
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:

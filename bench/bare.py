@@ -32,7 +32,7 @@ def draw(pipeline: Pipeline, registry: Registry, prompt: str, variant: str, seed
     latents = pipeline.noise(seed, side, side, schedule)[None]
     for step in range(len(schedule.timesteps)):
         latents = pipeline.denoise(unet, schedule, latents, torch.tensor([step]), conditioning)
-    pixels, _ = pipeline.decode(latents)
+    pixels, _ = pipeline.decode(list(latents))
     return images.encode(pixels[0].numpy().tobytes(), side, side, "png", 90, {"seed": seed})
 
 

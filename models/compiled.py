@@ -6,11 +6,13 @@ On a GPU, and wherever no C++ compiler is found, everything runs as it is.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from models.registry import Registry, Tier, UNet, WeightSet
 
 LARGEST_BATCH = 32  # rows; the code is right for any batch up to here (diffusers branches at 64)
 PARTS = ("unet", "text")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,15 @@ def start_build(recipe: Recipe) -> subprocess.Popen[bytes]:
     command += [str(recipe.dtype).removeprefix("torch."), str(recipe.store.directory or "")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=lambda: os.nice(15)
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_behind_the_engine
     )
+
+
+def _behind_the_engine() -> None:
+    """In the new process: give way to the service, and end when the engine does."""
+    os.nice(15)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -91,6 +101,12 @@ def load_unet(recipe: Recipe) -> Callable[[WeightSet], UNetFunction]:
         return runner
 
     return bind
+
+
+def forget(recipe: Recipe) -> None:
+    """Delete the packages, so that they are built again."""
+    for part in PARTS:
+        recipe.package(part).unlink(missing_ok=True)
 
 
 def build(recipe: Recipe) -> None:

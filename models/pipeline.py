@@ -168,18 +168,20 @@ class Pipeline:
         return ids.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Pictures (B, H, W, 3) uint8, and (B,) bool, False where one is NaN or flat; both on the host.
 
         Blocks the calling thread and no other: called beside the thread that denoises, it overlaps the next steps; on
-        a GPU on a stream of its own, with copies into pinned memory. latents: (B, 4, h, w), complete.
+        a GPU on a stream of its own, with copies into pinned memory. latents: B of (4, h, w), which the device has
+        finished (synchronize() after their last step).
         """
         if self._stream is None:
-            return self.decoder(latents)
+            return self.decoder(torch.stack(tuple(latents)))
         with torch.cuda.stream(self._stream):
+            # Stacked here, not by the caller: on its stream the copy would wait behind the step that runs now.
             pixels, sound = (
                 torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-                for part in self.decoder(latents)
+                for part in self.decoder(torch.stack(tuple(latents)))
             )
             self._stream.synchronize()
         return pixels, sound

@@ -79,6 +79,7 @@ class Registry:
         self._loading: set[str] = set()
         self._failed: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._one_load = threading.Lock()  # two loads at once would need twice the host memory
 
     def load(self, name: str) -> None:
         """Read a variant into memory, fusing a LoRA into a clean copy of the base. Raises KeyError for an unknown name,
@@ -89,7 +90,8 @@ class Registry:
                 return
             self._loading.add(name)
         try:
-            self._hold(name, self._read(variant), first_tier=0)
+            with self._one_load:
+                self._hold(name, self._read(variant), first_tier=0)
             with self._lock:
                 self._failed.pop(name, None)
         except Exception as error:
@@ -111,6 +113,11 @@ class Registry:
         """Whether use() would work now."""
         with self._lock:
             return any(name in tier for tier in self._sets)
+
+    def weight_set(self, name: str) -> WeightSet:
+        """A resident variant's tensors, not to be changed. Raises KeyError if it is not resident."""
+        with self._lock:
+            return self._touch(name)
 
     def use(self, name: str) -> UNetFunction:
         """The UNet with this variant's weights. Raises KeyError if the variant is not resident."""
@@ -160,19 +167,27 @@ class Registry:
             tier, held = self.tiers[index], self._sets[index]
             if _size(weight_set) > tier.budget:
                 continue
+            while (oldest := self._oldest_over_budget(index, _size(weight_set))) is not None:
+                if index + 1 < len(self.tiers):
+                    self._hold(*oldest, first_tier=index + 1)  # it is below before it is gone from here
+                with self._lock:
+                    held.pop(oldest[0], None)
+                    self._bound.pop(oldest[0], None)
             placed = {key: _placed(tensor, tier) for key, tensor in weight_set.items()}  # no lock: gigabytes move here
-            displaced = []
             with self._lock:
-                while sum(map(_size, held.values())) + _size(placed) > tier.budget:
-                    displaced.append(held.popitem(last=False))
-                    self._bound.pop(displaced[-1][0], None)
                 held[name] = placed
-            for other, its_set in displaced:
-                self._hold(other, its_set, first_tier=index + 1)
             return
         if first_tier == 0:
             budgets = ", ".join(f"{tier.budget / 2**30:.1f} GiB on {tier.device}" for tier in self.tiers)
             raise OverBudget(f"{name} takes {_size(weight_set) / 2**30:.1f} GiB, more than any budget ({budgets})")
+
+    def _oldest_over_budget(self, index: int, coming: int) -> tuple[str, WeightSet] | None:
+        """The least recently used set of a tier, if `coming` bytes more would not fit into its budget."""
+        with self._lock:
+            held = self._sets[index]
+            if sum(map(_size, held.values())) + coming <= self.tiers[index].budget:
+                return None
+            return next(iter(held.items()))
 
     def _activate(self, weight_set: WeightSet) -> None:
         on_cpu = self.device == "cpu"

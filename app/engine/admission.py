@@ -13,7 +13,7 @@ KEPT = 0.95  # what a request that was told to come back may wait for
 PROMISED = 0.85  # of the capacity is promised to those who come back; fresh requests take what they leave
 PATIENCE = 10.0  # seconds after its time for which a promise holds
 PROMISES = 4096  # fingerprints remembered
-PLACES = 8  # kept for one fingerprint at a time
+PLACES = 64  # kept for one fingerprint at a time
 HORIZON = 300.0  # seconds; nobody is promised a place later than this
 
 

@@ -55,6 +55,7 @@ class EngineClient:
         self._costs: Costs | None = None
         self._drift = 1.0
         self._last_answer = 0.0
+        self._has_served = False
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -151,8 +152,10 @@ class EngineClient:
             started = time.monotonic()
             try:
                 await self._live()
-            except (asyncio.IncompleteReadError, ConnectionError, ValueError, msgspec.MsgspecError) as error:
-                log.debug("the engine's pipe ended: %s", error)
+            except asyncio.IncompleteReadError:
+                log.debug("the engine's pipe ended")
+            except Exception:
+                log.exception("the engine or its pipe failed")
             finally:
                 await self._bury()
             if self.fatal is not None:
@@ -214,6 +217,7 @@ class EngineClient:
         match message:
             case messages.Ready():
                 self.ready, self._costs, self.report = message, message.costs, message.report
+                self._has_served = True
                 self._drift, self._last_answer = 1.0, time.monotonic()
                 log.info("ready: %s on %s in %s", message.family, message.device, message.dtype)
             case messages.Measured(costs):
@@ -229,7 +233,9 @@ class EngineClient:
                     log.error("job %d failed: %s %s", id, code, detail)
                 self._settle(id, from_engine(code, detail))
             case messages.Fatal(reason):
-                self.fatal = reason
+                log.error("the engine cannot start: %s", reason)
+                if not self._has_served:
+                    self.fatal = reason
 
     def _settle(self, id: int, outcome: messages.Done | Problem) -> None:
         pending = self._pending.pop(id, None)

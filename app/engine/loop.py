@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ from app.engine.messages import (
     Worked,
 )
 from app.engine.scheduler import plan
-from models.pipeline import Conditioning, Pipeline
+from models.pipeline import Conditioning, Pipeline, UNetFunction
 from models.registry import Registry
 
 Inbox = queue.SimpleQueue[ToEngine | Callable[[], None]]
@@ -147,9 +148,13 @@ class Loop:
         rows = [row for row in rows if row.conditioning is not None]  # a row whose prompt failed has left the board
         if not rows:
             return
+        try:
+            unet = self.registry.use(rows[0].job.variant)
+        except KeyError:
+            return  # evicted since the plan was made: the rows stay, and it is loaded again
         start = time.monotonic()
         try:
-            stepped = self._denoise(rows)
+            stepped = self._denoise(unet, rows)
         except torch.OutOfMemoryError:
             self._shrink(rows)
             return
@@ -165,9 +170,8 @@ class Loop:
             running.batches.append(len(rows))
         self._worked("denoise", rows, seconds)
 
-    def _denoise(self, rows: list[Running]) -> Tensor:
-        variant = rows[0].job.variant
-        unet, schedule = self.registry.use(variant), self.registry.schedules[variant]
+    def _denoise(self, unet: UNetFunction, rows: list[Running]) -> Tensor:
+        schedule = self.registry.schedules[rows[0].job.variant]
         latents = [
             self.pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
             if row.latents is None
@@ -206,13 +210,16 @@ class Loop:
 
     def _decode_forever(self) -> None:
         while True:
-            self._decode(self._finishing.get())
+            try:
+                self._decode(self._finishing.get())
+            except BaseException:
+                traceback.print_exc()
+                os._exit(70)  # never alive and mute: the other process starts a new engine
 
     def _decode(self, rows: list[Running]) -> None:
         start = time.monotonic()
         try:
-            latents = torch.stack([row.latents for row in rows if row.latents is not None])
-            pictures, sound = self.pipeline.decode(latents)
+            pictures, sound = self.pipeline.decode([row.latents for row in rows if row.latents is not None])
         except Exception as error:
             self._isolate(rows, error, self._decode)
             return

@@ -24,7 +24,7 @@ def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, m
         index = torch.zeros(batch, dtype=torch.int64, device=pipeline.device)
         rows = [conditioning] * batch
         step[batch] = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, index, rows))  # noqa: B023
-        decode[batch] = _seconds(pipeline, lambda: pipeline.decode(latents))  # noqa: B023
+        decode[batch] = _seconds(pipeline, lambda: pipeline.decode(list(latents)))  # noqa: B023
         batch *= 2
     prompts = iter(range(1000))
     encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {next(prompts)}"]))

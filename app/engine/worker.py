@@ -30,6 +30,10 @@ DEFAULT_VARIANT = "4step-unet"
 MAX_BATCH = {"cpu": 16, "cuda": 8}  # rows; the cost table may choose fewer. SDXL at 1024 px is flat after 8 on an H100.
 
 
+class NoDevice(Exception):
+    """The device that was asked for is not there."""
+
+
 class Wire:
     """The engine's end of the socket: a thread that reads into the loop's inbox, and one that writes."""
 
@@ -84,8 +88,10 @@ def choose_dtype(config: EngineConfig, device: str) -> torch.dtype:
 
 
 def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe | None]:
-    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget."""
+    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget, NoDevice."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NoDevice("DEVICE=cuda, but torch finds no CUDA device here: leave DEVICE out, or install CUDA's torch")
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     dtype, family = choose_dtype(config, device), choose_family(config, device)
     store = WeightStore(family, Path(config.directory) if config.directory else None)
@@ -95,13 +101,16 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
     preload = list(family.variants) if family.name == "embedded" else [DEFAULT_VARIANT]
     for name in preload:
         registry.load(name)
-    recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and device == "cpu" else None
+    recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and _compiles(family, device) else None
     if recipe is not None and recipe.is_built():
-        pipeline.text = compiled.load_text(recipe)
-        registry.use_compiled(compiled.load_unet(recipe))
+        _use_compiled(pipeline, registry, recipe)
     loop = Loop(pipeline, registry, _measured(config, pipeline, registry, preload[0]), wire.send)
     loop.compiled = registry.bind is not None
     return loop, recipe
+
+
+def _compiles(family: Family, device: str) -> bool:
+    return device == "cpu" and family.name == "embedded"
 
 
 def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, variant: str) -> Costs:
@@ -109,14 +118,26 @@ def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, vari
     return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch)
 
 
+def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recipe) -> None:
+    """Change over to compiled code. A package that cannot be loaded is deleted; it will be built again."""
+    try:
+        text, bind = compiled.load_text(recipe), compiled.load_unet(recipe)
+        bind(registry.weight_set(DEFAULT_VARIANT))
+    except RuntimeError as error:
+        compiled.forget(recipe)
+        print(json.dumps({"event": "compiled code is unusable; deleted", "reason": str(error)[:200]}), file=sys.stderr)
+        return
+    pipeline.text = text
+    registry.use_compiled(bind)
+
+
 def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> None:
     """Build the compiled code beside the service, then change over between two turns."""
     building = compiled.start_build(recipe)
 
     def swap_in() -> None:
-        loop.pipeline.text = compiled.load_text(recipe)
-        loop.registry.use_compiled(compiled.load_unet(recipe))
-        loop.compiled = True
+        _use_compiled(loop.pipeline, loop.registry, recipe)
+        loop.compiled = loop.registry.bind is not None
         variant = next(row.name for row in loop.registry.status() if row.state == "resident")
         loop.replace_costs(_measured(config, loop.pipeline, loop.registry, variant))
         print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
@@ -141,7 +162,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     try:
         loop, recipe = build_loop(config, wire)
-    except (MissingWeights, BadWeights, OverBudget) as error:
+    except (MissingWeights, BadWeights, OverBudget, NoDevice) as error:
         wire.last_word(Fatal(str(error)))
         raise SystemExit(f"the engine cannot start: {error}") from error
     wire.feed(loop)

@@ -34,6 +34,7 @@ BAD_FIELDS = [
     ("height", "99999999999999999999"),
     ("size", '"128"'),
     ("size", '"512x512"'),
+    ("size", '"0x0"'),
     ("guidance_scale", "7.5"),
     ("guidance_scale", "NaN"),
     ("guidance_scale", "true"),
@@ -79,6 +80,7 @@ def test_a_bad_field_is_a_422_that_names_it(server, field, value):
         (b'{"prompt": "x", "steps": 8, "variant": "4step-lora"}', 422),
         (b'{"prompt": "x", "size": "128x128", "width": 128}', 422),
         (b'{"prompt": "x", "seed": 4294967295, "n": 2}', 422),
+        (b'{"prompt": "x", "\\ud800": null}', 422),
     ],
 )
 def test_a_bad_body_is_a_4xx(server, body, status):
