@@ -81,6 +81,7 @@ class GenerateRequest(BaseModel):
 
 
 def _refusal(field: str, text: str) -> PydanticCustomError:
+    field = field.encode(errors="replace").decode()  # a name may hold lone surrogates, which pydantic cannot pass on
     return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
 
 

@@ -166,7 +166,7 @@ def test_a_later_second_sigint_ends_at_once(start_server):
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGINT)
         server.process.wait(8)
-        assert stuck.exception() is not None or stuck.result().status_code == 503
+        assert stuck.exception() is not None or stuck.result().status_code >= 500
 
 
 def test_the_engine_leaves_with_a_killed_server(start_server):
