@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from app.engine.costs import Costs
 from app.engine.jobs import Row
 
-FRESH = 0.75  # of the time to its deadline is what a new request may wait for; the rest is kept for those who come back
+FRESH = 0.75  # of its time, and of the queue, is what a new request may take; the rest is kept for those who come back
 KEPT = 0.95  # what a request that was told to come back may wait for
 PROMISED = 0.85  # of the capacity is promised to those who come back; fresh requests take what they leave
 PATIENCE = 10.0  # seconds after its time for which a promise holds
@@ -37,7 +37,7 @@ class Door:
     def ask(self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str) -> Refusal | None:
         """None if the rows of one request may enter. who: the request's fingerprint, the same when it comes back."""
         kept = self._is_kept(who, now)
-        full = len(pending) + len(new) > self.limit
+        full = len(pending) + len(new) > (self.limit if kept else max(len(new), FRESH * self.limit))
         wait = _overrun(new, pending, costs, now, KEPT if kept else FRESH)
         if not full and wait <= 0:
             return None
