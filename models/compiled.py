@@ -6,6 +6,7 @@ On a GPU, and wherever no C++ compiler is found, everything runs as it is.
 """
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -104,9 +105,10 @@ def load_unet(recipe: Recipe) -> Callable[[WeightSet], UNetFunction]:
 
 
 def forget(recipe: Recipe) -> None:
-    """Delete the packages, so that they are built again."""
+    """Delete the packages, so that they are built again; where the cache cannot be written they stay, unused."""
     for part in PARTS:
-        recipe.package(part).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            recipe.package(part).unlink(missing_ok=True)
 
 
 def build(recipe: Recipe) -> None:
