@@ -106,7 +106,7 @@ def test_a_full_queue_answers_429_at_once_and_serves_what_it_took(start_server):
         sum(response.status_code == status for response in responses) for status in (200, 429)
     )
     assert all(int(r.headers["retry-after"]) >= 1 for r in responses if r.status_code == 429)
-    assert sum(response.status_code == 200 for response in responses) >= 8
+    assert sum(response.status_code == 200 for response in responses) >= 6  # a quarter is kept for those who return
 
 
 def test_a_killed_engine_fails_its_requests_at_once_and_comes_back(start_server):
