@@ -1,5 +1,9 @@
-"""The engine's loop: what is running, what is waiting, and one turn after another of plan and work."""
+"""The engine's loop: what is running, what is waiting, and one turn after another of plan and calls.
 
+Tensors are worked on in lanes, threads that make one call at a time; everything else happens in the loop's own thread.
+"""
+
+import gc
 import json
 import os
 import queue
@@ -7,8 +11,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +42,18 @@ from models.registry import Registry
 
 Inbox = queue.SimpleQueue[ToEngine | Callable[[], None]]
 
+STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
 
-@dataclass
+
+@dataclass(eq=False)
 class Running:
-    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on."""
+    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on.
+    busy: a lane has it, and nothing else may be done with it until the call lands."""
 
     job: Job
     arrived: float
     step: int = 0
+    busy: bool = False
     latents: Tensor | None = None
     conditioning: Conditioning | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -58,41 +70,50 @@ class Running:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
-class Loop:
-    """Owns the device. Other threads post to the inbox; on a GPU one of them decodes.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call on the device, by one lane: a stage of some rows. land: takes its result, in the loop's thread."""
 
-    send: puts a message on the wire; may be called from any thread.
+    stage: str
+    rows: list[Running]
+    work: Callable[[list[Running]], Any]
+    land: Callable[[list[Running], Any, float, float], None]
+    started: float = field(default_factory=time.monotonic)
+
+
+class Loop:
+    """Owns the device. Other threads post to the inbox.
+
+    send: puts a message on the wire; may be called from any thread. lanes: calls at a time, each on torch's number of
+    threads. On a GPU one lane steps while another decodes; on a CPU every lane does whatever is next, for two calls of
+    one thread each waste less than one call of two (docs/decisions.md).
     """
 
     def __init__(
-        self, pipeline: Pipeline, registry: Registry, costs: Costs, send: Callable[[FromEngine], None]
+        self, pipeline: Pipeline, registry: Registry, costs: Costs, send: Callable[[FromEngine], None], lanes: int = 2
     ) -> None:
-        self.pipeline, self.registry, self.costs, self.send = pipeline, registry, costs, send
+        self.pipeline, self.registry, self.costs, self.send, self.lanes = pipeline, registry, costs, send, lanes
         self.inbox: Inbox = queue.SimpleQueue()
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._loading: set[str] = set()
-        self._finishing: queue.SimpleQueue[list[Running]] = queue.SimpleQueue()
-        # On a GPU a second thread decodes beside the next steps. On a CPU both would want the same cores, and compiled
-        # code holds the interpreter's lock: measured, 33 images/s instead of 70 (docs/decisions.md).
-        self._decodes_beside = pipeline.device != "cpu"
-        if self._decodes_beside:
-            threading.Thread(target=self._decode_forever, daemon=True, name="decode").start()
+        self._flying: list[Call] = []
+        self._when_idle: list[Callable[[], None]] = []
+        # torch counts threads per thread: a lane has to be told
+        self._pool = ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (torch.get_num_threads(),))
 
     def run(self) -> None:
         """Serve until the process ends."""
+        gc.collect()
+        gc.freeze()  # a collection need not walk through torch and the model: that stops every lane for 0.1 s and more
         while True:
-            self.accept(block=not self.has_work())
+            self.accept()
             self.turn()
 
-    def has_work(self) -> bool:
-        """Whether a turn now would do anything."""
-        return any(self.registry.is_resident(running.job.variant) for running in self.board.values())
-
-    def accept(self, block: bool) -> None:
-        """Take in what has arrived. Sleeps only when there is nothing to do."""
+    def accept(self) -> None:
+        """Take in what has arrived; with nothing there, sleep until something is, or until deadlines want a look."""
         try:
-            message = self.inbox.get(block=block, timeout=0.1 if self.board else None)
+            message = self.inbox.get(timeout=0.1 if self.board else None)
             while True:
                 self._take(message)
                 message = self.inbox.get_nowait()
@@ -100,18 +121,19 @@ class Loop:
             return
 
     def turn(self) -> None:
-        """One plan, and the work it asks for."""
+        """Give every free lane something to do, if there is something."""
         now = time.monotonic()
-        ready = [running.row for running in self.board.values() if self.registry.is_resident(running.job.variant)]
-        todo = plan(ready, self.costs, now)
-        for row in todo.refuse:
-            self._fail(row.id, "expired")
-        if todo.decode:
-            self._finish([self.board.pop(row.id) for row in todo.decode])
-        if todo.step:
-            self._encode([running for running in self.board.values() if running.conditioning is None])
-            self._step([self.board[row.id] for row in todo.step if row.id in self.board])
+        if self._when_idle:
+            if self._flying:
+                return  # let what flies land first
+            self._when_idle.pop(0)()
+        while self._start_something(now):
+            pass
         self._tend_loading(now)
+
+    def when_idle(self, change: Callable[[], None]) -> None:
+        """Make a change that no call may overlap. From the loop's thread."""
+        self._when_idle.append(change)
 
     def report(self) -> Report:
         """The answer to a Ping."""
@@ -140,35 +162,92 @@ class Loop:
                 for id in ids:
                     self.board.pop(id, None)
             case Ping():
-                self.send(self.report())
+                if all(time.monotonic() - call.started < STUCK_S for call in self._flying):
+                    self.send(self.report())
             case _:
                 message()
 
-    def _step(self, rows: list[Running]) -> None:
-        rows = [row for row in rows if row.conditioning is not None]  # a row whose prompt failed has left the board
-        if not rows:
-            return
+    def _start_something(self, now: float) -> bool:
+        """Start one call, if there is a lane and a row for it."""
+        idle = [row for row in self.board.values() if not row.busy and self.registry.is_resident(row.job.variant)]
+        new = [row for row in idle if row.conditioning is None]
+        if new and self._room("encode") > 0:
+            self._start("encode", new, self._encode, self._encoded)  # all together: a call costs more than a prompt
+            return True
+        todo = plan([row.row for row in idle if row.conditioning is not None], self.costs, now, self._room("denoise"))
+        for late in todo.refuse:
+            self._fail(late.id, "expired")
+        if todo.decode and self._room("decode") > 0:
+            rows = [self.board[row.id] for row in todo.decode[: self.costs.best_decode_batch]]
+            self._start("decode", rows, self._decode, self._decoded)
+            return True
+        if todo.step:
+            return self._start_step([self.board[row.id] for row in todo.step])
+        return False
+
+    def _room(self, stage: str) -> int:
+        """How many more calls of a stage may start now."""
+        flying = Counter(call.stage for call in self._flying)
+        if self.pipeline.device != "cpu":  # each of the two streams takes one call at a time
+            return 1 - (flying["decode"] if stage == "decode" else flying["encode"] + flying["denoise"])
+        free = self.lanes - len(self._flying)
+        if stage == "encode" or (stage == "denoise" and not self.compiled):
+            return min(free, 1 - flying[stage])  # one prompt cache; one module, with one variant's weights in it
+        return free
+
+    def _start(self, stage: str, rows: list[Running], work: Callable[..., Any], land: Callable[..., None]) -> None:
+        for row in rows:
+            row.busy = True
+        call = Call(stage, rows, work, land)
+        self._flying.append(call)
+        self._pool.submit(self._fly, call)
+
+    def _fly(self, call: Call) -> None:
+        """In a lane: make the call, and post its landing."""
+        start = time.monotonic()
+        try:
+            result = call.work(call.rows)
+        except Exception as error:
+            end_if_the_device_is_lost(error)
+            result = error
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)  # never alive and mute: the other process starts a new engine
+        self.inbox.put(partial(self._land, call, result, start, time.monotonic() - start))
+
+    def _land(self, call: Call, result: Any, start: float, seconds: float) -> None:
+        self._flying.remove(call)
+        for row in call.rows:
+            row.busy = False
+        if isinstance(result, torch.OutOfMemoryError) and call.stage == "denoise":
+            self._shrink(call.rows)
+        elif isinstance(result, Exception):
+            self._isolate(call, result)
+        else:
+            call.land(call.rows, result, start, seconds)
+            job = call.rows[0].job
+            ids = [row.job.id for row in call.rows]
+            self.send(Worked(call.stage, job.variant, ids, seconds, job.height * job.width))
+
+    def _is_here(self, row: Running) -> bool:
+        """Whether the client of a row still waits for it."""
+        return self.board.get(row.job.id) is row
+
+    def _encode(self, rows: list[Running]) -> list[Conditioning]:
+        return self.pipeline.encode([row.job.prompt for row in rows])
+
+    def _encoded(self, rows: list[Running], found: list[Conditioning], start: float, seconds: float) -> None:
+        for running, conditioning in zip(rows, found, strict=True):
+            running.conditioning = conditioning
+            running.spent("encode", seconds)
+
+    def _start_step(self, rows: list[Running]) -> bool:
         try:
             unet = self.registry.use(rows[0].job.variant)
         except KeyError:
-            return  # evicted since the plan was made: the rows stay, and it is loaded again
-        start = time.monotonic()
-        try:
-            stepped = self._denoise(unet, rows)
-        except torch.OutOfMemoryError:
-            self._shrink(rows)
-            return
-        except Exception as error:
-            self._isolate(rows, error, self._step)
-            return
-        seconds = time.monotonic() - start
-        for running, latents in zip(rows, stepped, strict=True):
-            if running.step == 0:
-                running.spent("queue", start - running.arrived - running.seconds.get("encode", 0.0))
-            running.latents, running.step = latents, running.step + 1
-            running.spent("denoise", seconds)
-            running.batches.append(len(rows))
-        self._worked("denoise", rows, seconds)
+            return False  # evicted since the plan was made: the rows stay, and it is loaded again
+        self._start("denoise", rows, partial(self._denoise, unet), self._stepped)
+        return True
 
     def _denoise(self, unet: UNetFunction, rows: list[Running]) -> Tensor:
         schedule = self.registry.schedules[rows[0].job.variant]
@@ -184,70 +263,46 @@ class Loop:
         self.pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
         return stepped
 
-    def _encode(self, new: list[Running]) -> None:
-        """Give rows their conditioning, all that are new together: a call costs more than a prompt."""
-        if not new:
-            return
-        start = time.monotonic()
-        try:
-            encoded = self.pipeline.encode([row.job.prompt for row in new])
-        except Exception as error:
-            self._isolate(new, error, self._encode)
-            return
-        seconds = time.monotonic() - start
-        for running, conditioning in zip(new, encoded, strict=True):
-            running.conditioning = conditioning
-            running.spent("encode", seconds)
-        self._worked("encode", new, seconds)
+    def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
+        for running, latents in zip(rows, stepped, strict=True):
+            if running.step == 0:
+                running.spent("queue", start - running.arrived - running.seconds.get("encode", 0.0))
+            running.latents, running.step = latents, running.step + 1
+            running.spent("denoise", seconds)
+            running.batches.append(len(rows))
 
-    def _finish(self, rows: list[Running]) -> None:
-        chunk = self.costs.best_decode_batch
-        for start in range(0, len(rows), chunk):
-            if self._decodes_beside:
-                self._finishing.put(rows[start : start + chunk])
-            else:
-                self._decode(rows[start : start + chunk])
+    def _decode(self, rows: list[Running]) -> tuple[list[bytes], list[bool]]:
+        pictures, sound = self.pipeline.decode([row.latents for row in rows if row.latents is not None])
+        return [pixels.numpy().tobytes() for pixels in pictures], sound.tolist()
 
-    def _decode_forever(self) -> None:
-        while True:
-            try:
-                self._decode(self._finishing.get())
-            except BaseException:
-                traceback.print_exc()
-                os._exit(70)  # never alive and mute: the other process starts a new engine
-
-    def _decode(self, rows: list[Running]) -> None:
-        start = time.monotonic()
-        try:
-            pictures, sound = self.pipeline.decode([row.latents for row in rows if row.latents is not None])
-        except Exception as error:
-            self._isolate(rows, error, self._decode)
-            return
-        seconds = time.monotonic() - start
-        for running, pixels, is_sound in zip(rows, pictures, sound.tolist(), strict=True):
+    def _decoded(
+        self, rows: list[Running], drawn: tuple[list[bytes], list[bool]], start: float, seconds: float
+    ) -> None:
+        for running, pixels, is_sound in zip(rows, *drawn, strict=True):
             running.spent("decode", seconds)
-            self._send_picture(running, pixels, is_sound)
-        self._worked("decode", rows, seconds)
+            if self._is_here(running):
+                self._send_picture(running, pixels, is_sound)
 
-    def _send_picture(self, running: Running, pixels: Tensor, sound: bool) -> None:
+    def _send_picture(self, running: Running, pixels: bytes, is_sound: bool) -> None:
         job = running.job
-        if not sound:
-            self.send(Failed(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture"))
+        if not is_sound:
+            self._fail(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture")
             return
+        del self.board[job.id]
         truncated = running.conditioning is not None and running.conditioning.truncated
-        data = pixels.numpy().tobytes()
-        self.send(Done(job.id, job.height, job.width, data, running.seconds, running.batches, truncated))
+        self.send(Done(job.id, job.height, job.width, pixels, running.seconds, running.batches, truncated))
 
-    def _isolate(self, rows: list[Running], error: Exception, retry: Callable[[list[Running]], object]) -> None:
+    def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""
-        end_if_the_device_is_lost(error)
+        rows = [row for row in call.rows if self._is_here(row)]
         if len(rows) == 1:
             self._fail(rows[0].job.id, "failed", type(error).__name__)
             return
-        retry(rows[: len(rows) // 2])
-        retry(rows[len(rows) // 2 :])
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            if half:
+                self._start(call.stage, half, call.work, call.land)
 
-    def _shrink(self, rows: list[Running]) -> None:
+    def _shrink(self, rows: Sequence[Running]) -> None:
         """Out of memory: nothing is lost, the rows stay on the board and the batch is smaller from now on."""
         torch.cuda.empty_cache()
         if len(rows) == 1:
@@ -256,12 +311,8 @@ class Loop:
             self.replace_costs(self.costs.capped(len(rows) // 2))
 
     def _fail(self, id: int, code: str, detail: str = "") -> None:
-        self.board.pop(id, None)
-        self.send(Failed(id, code, detail))
-
-    def _worked(self, stage: str, rows: list[Running], seconds: float) -> None:
-        job = rows[0].job
-        self.send(Worked(stage, job.variant, [row.job.id for row in rows], seconds, job.height * job.width))
+        if self.board.pop(id, None) is not None:
+            self.send(Failed(id, code, detail))
 
     def _tend_loading(self, now: float) -> None:
         """Start to load what is asked for and not there; rows that cannot wait any longer are told so."""
