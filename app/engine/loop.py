@@ -1,19 +1,18 @@
-"""The engine's loop: what is running, what is waiting, and one turn after another of plan and calls.
+"""The engine's loop: what is running, what is waiting, and in lanes, threads of the device, one call after another.
 
-Tensors are worked on in lanes, threads that make one call at a time; everything else happens in the loop's own thread.
+A lane that ends a call takes in what has arrived, plans, and makes the next call itself: no thread waits for another to
+tell it what to do. The board is changed under one lock; tensors are worked on without it.
 """
 
 import gc
 import json
 import os
-import queue
 import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,8 +38,6 @@ from app.engine.messages import (
 from app.engine.scheduler import plan
 from models.pipeline import Conditioning, Pipeline, UNetFunction
 from models.registry import Registry
-
-Inbox = queue.SimpleQueue[ToEngine | Callable[[], None]]
 
 STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
 
@@ -72,17 +69,17 @@ class Running:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call on the device, by one lane: a stage of some rows. land: takes its result, in the loop's thread."""
+    """One call on the device, by one lane: a stage of some rows. land: takes its result, under the lock."""
 
     stage: str
     rows: list[Running]
     work: Callable[[list[Running]], Any]
     land: Callable[[list[Running], Any, float, float], None]
-    started: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
 
 
 class Loop:
-    """Owns the device. Other threads post to the inbox.
+    """Owns the device.
 
     send: puts a message on the wire; may be called from any thread. lanes: calls at a time, each on torch's number of
     threads. On a GPU one lane steps while another decodes; on a CPU every lane does whatever is next, for two calls of
@@ -93,46 +90,54 @@ class Loop:
         self, pipeline: Pipeline, registry: Registry, costs: Costs, send: Callable[[FromEngine], None], lanes: int = 2
     ) -> None:
         self.pipeline, self.registry, self.costs, self.send, self.lanes = pipeline, registry, costs, send, lanes
-        self.inbox: Inbox = queue.SimpleQueue()
         self.board: dict[int, Running] = {}
         self.compiled = False
+        self._inbox: deque[ToEngine | Callable[[], None]] = deque()
         self._loading: set[str] = set()
         self._flying: list[Call] = []
+        self._retries: list[Call] = []
         self._when_idle: list[Callable[[], None]] = []
-        # torch counts threads per thread: a lane has to be told
-        self._pool = ThreadPoolExecutor(lanes, "lane", torch.set_num_threads, (torch.get_num_threads(),))
+        self._lock = threading.Condition()
+        self._threads = torch.get_num_threads()  # of a lane; torch counts them per thread
+
+    def post(self, message: ToEngine | Callable[[], None]) -> None:
+        """Give the loop a message, or a change to make under its lock. From any thread."""
+        with self._lock:
+            self._inbox.append(message)
+            self._lock.notify()
 
     def run(self) -> None:
-        """Serve until the process ends."""
+        """Serve until the process ends. This thread becomes a lane, too."""
         gc.collect()
         gc.freeze()  # a collection need not walk through torch and the model: that stops every lane for 0.1 s and more
-        while True:
-            self.accept()
-            self.turn()
+        for number in range(1, self.lanes):
+            threading.Thread(target=self.serve, daemon=True, name=f"lane {number}").start()
+        self.serve()
 
-    def accept(self) -> None:
-        """Take in what has arrived; with nothing there, sleep until something is, or until deadlines want a look."""
+    def serve(self) -> None:
+        """Be a lane."""
+        torch.set_num_threads(self._threads)
         try:
-            message = self.inbox.get(timeout=0.1 if self.board else None)
-            while True:
-                self._take(message)
-                message = self.inbox.get_nowait()
-        except queue.Empty:
-            return
-
-    def turn(self) -> None:
-        """Give every free lane something to do, if there is something."""
-        now = time.monotonic()
-        if self._when_idle:
-            if self._flying:
-                return  # let what flies land first
-            self._when_idle.pop(0)()
-        while self._start_something(now):
-            pass
-        self._tend_loading(now)
+            with self._lock:
+                while True:
+                    call = self._next_call()
+                    if call is None:
+                        self._lock.wait(0.1 if self.board else None)  # the deadlines of what cannot start yet
+                        continue
+                    if self._inbox or any(not row.busy for row in self.board.values()):
+                        self._lock.notify()  # there may be something for another lane, too
+                    self._lock.release()
+                    try:
+                        result, seconds = _make(call)
+                    finally:
+                        self._lock.acquire()
+                    self._land(call, result, seconds)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)  # never alive and mute: the other process starts a new engine
 
     def when_idle(self, change: Callable[[], None]) -> None:
-        """Make a change that no call may overlap. From the loop's thread."""
+        """Make a change that no call may overlap. Under the lock: post it."""
         self._when_idle.append(change)
 
     def report(self) -> Report:
@@ -162,28 +167,36 @@ class Loop:
                 for id in ids:
                     self.board.pop(id, None)
             case Ping():
-                if all(time.monotonic() - call.started < STUCK_S for call in self._flying):
+                if all(time.monotonic() - call.start < STUCK_S for call in self._flying):
                     self.send(self.report())
             case _:
                 message()
 
-    def _start_something(self, now: float) -> bool:
-        """Start one call, if there is a lane and a row for it."""
+    def _next_call(self) -> Call | None:
+        """What this lane does next, or None."""
+        while self._inbox:
+            self._take(self._inbox.popleft())
+        if self._when_idle:
+            if self._flying:
+                return None  # let what flies land first
+            self._when_idle.pop(0)()
+        now = time.monotonic()
+        self._tend_loading(now)
+        if self._retries and self._room(self._retries[-1].stage) > 0:
+            return self._start(self._retries.pop())
         idle = [row for row in self.board.values() if not row.busy and self.registry.is_resident(row.job.variant)]
         new = [row for row in idle if row.conditioning is None]
-        if new and self._room("encode") > 0:
-            self._start("encode", new, self._encode, self._encoded)  # all together: a call costs more than a prompt
-            return True
+        if new and self._room("encode") > 0:  # all together: a call costs more than a prompt
+            return self._start(Call("encode", new, self._encode, self._encoded))
         todo = plan([row.row for row in idle if row.conditioning is not None], self.costs, now, self._room("denoise"))
         for late in todo.refuse:
             self._fail(late.id, "expired")
         if todo.decode and self._room("decode") > 0:
             rows = [self.board[row.id] for row in todo.decode[: self.costs.best_decode_batch]]
-            self._start("decode", rows, self._decode, self._decoded)
-            return True
+            return self._start(Call("decode", rows, self._decode, self._decoded))
         if todo.step:
             return self._start_step([self.board[row.id] for row in todo.step])
-        return False
+        return None
 
     def _room(self, stage: str) -> int:
         """How many more calls of a stage may start now."""
@@ -195,27 +208,13 @@ class Loop:
             return min(free, 1 - flying[stage])  # one prompt cache; one module, with one variant's weights in it
         return free
 
-    def _start(self, stage: str, rows: list[Running], work: Callable[..., Any], land: Callable[..., None]) -> None:
-        for row in rows:
+    def _start(self, call: Call) -> Call:
+        for row in call.rows:
             row.busy = True
-        call = Call(stage, rows, work, land)
         self._flying.append(call)
-        self._pool.submit(self._fly, call)
+        return call
 
-    def _fly(self, call: Call) -> None:
-        """In a lane: make the call, and post its landing."""
-        start = time.monotonic()
-        try:
-            result = call.work(call.rows)
-        except Exception as error:
-            end_if_the_device_is_lost(error)
-            result = error
-        except BaseException:
-            traceback.print_exc()
-            os._exit(70)  # never alive and mute: the other process starts a new engine
-        self.inbox.put(partial(self._land, call, result, start, time.monotonic() - start))
-
-    def _land(self, call: Call, result: Any, start: float, seconds: float) -> None:
+    def _land(self, call: Call, result: Any, seconds: float) -> None:
         self._flying.remove(call)
         for row in call.rows:
             row.busy = False
@@ -224,7 +223,7 @@ class Loop:
         elif isinstance(result, Exception):
             self._isolate(call, result)
         else:
-            call.land(call.rows, result, start, seconds)
+            call.land(call.rows, result, call.start, seconds)
             job = call.rows[0].job
             ids = [row.job.id for row in call.rows]
             self.send(Worked(call.stage, job.variant, ids, seconds, job.height * job.width))
@@ -241,13 +240,12 @@ class Loop:
             running.conditioning = conditioning
             running.spent("encode", seconds)
 
-    def _start_step(self, rows: list[Running]) -> bool:
+    def _start_step(self, rows: list[Running]) -> Call | None:
         try:
             unet = self.registry.use(rows[0].job.variant)
         except KeyError:
-            return False  # evicted since the plan was made: the rows stay, and it is loaded again
-        self._start("denoise", rows, partial(self._denoise, unet), self._stepped)
-        return True
+            return None  # evicted since the plan was made: the rows stay, and it is loaded again
+        return self._start(Call("denoise", rows, partial(self._denoise, unet), self._stepped))
 
     def _denoise(self, unet: UNetFunction, rows: list[Running]) -> Tensor:
         schedule = self.registry.schedules[rows[0].job.variant]
@@ -300,7 +298,9 @@ class Loop:
             return
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             if half:
-                self._start(call.stage, half, call.work, call.land)
+                self._retries.append(Call(call.stage, half, call.work, call.land))
+                for row in half:
+                    row.busy = True
 
     def _shrink(self, rows: Sequence[Running]) -> None:
         """Out of memory: nothing is lost, the rows stay on the board and the batch is smaller from now on."""
@@ -331,12 +331,23 @@ class Loop:
             self.registry.load(name)
         except Exception as error:
             reason = str(error)
-            self.inbox.put(lambda: self._fail_variant(name, reason))
-        self.inbox.put(lambda: self._loading.discard(name))
+            self.post(lambda: self._fail_variant(name, reason))
+        self.post(lambda: self._loading.discard(name))
 
     def _fail_variant(self, name: str, reason: str) -> None:
         for running in [running for running in self.board.values() if running.job.variant == name]:
             self._fail(running.job.id, "variant_unavailable", reason)
+
+
+def _make(call: Call) -> tuple[Any, float]:
+    """In a lane: the result of a call, or its error, and the seconds it took."""
+    start = time.monotonic()
+    try:
+        result = call.work(call.rows)
+    except Exception as error:
+        end_if_the_device_is_lost(error)
+        result = error
+    return result, time.monotonic() - start
 
 
 def end_if_the_device_is_lost(error: Exception) -> None:

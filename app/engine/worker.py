@@ -37,7 +37,7 @@ class NoDevice(Exception):
 
 
 class Wire:
-    """The engine's end of the socket: a thread that reads into the loop's inbox, and one that writes."""
+    """The engine's end of the socket: a thread that reads for the loop, and one that writes."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -49,7 +49,7 @@ class Wire:
         self._outbox.put(message)
 
     def feed(self, loop: Loop) -> None:
-        """Read what arrives into the loop's inbox, in a thread of its own."""
+        """Give the loop what arrives, in a thread of its own."""
         threading.Thread(target=self._read, args=(loop,), daemon=True, name="read").start()
 
     def last_word(self, message: FromEngine) -> None:
@@ -66,7 +66,7 @@ class Wire:
     def _read(self, loop: Loop) -> None:
         while True:
             try:
-                loop.inbox.put(receive(self._sock))
+                loop.post(receive(self._sock))
             except (EOFError, OSError):
                 os._exit(0)
 
@@ -151,7 +151,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
     def wait() -> None:
         _, errors = building.communicate()
         if building.returncode == 0:
-            loop.inbox.put(lambda: loop.when_idle(swap_in))
+            loop.post(lambda: loop.when_idle(swap_in))
         else:
             last = errors.decode(errors="replace").strip().splitlines()[-1:]
             print(json.dumps({"event": "compilation failed; serving without it", "reason": last}), file=sys.stderr)
