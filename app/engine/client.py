@@ -197,7 +197,10 @@ class EngineClient:
 
     async def _bury(self) -> None:
         """The engine has gone, or must: nobody may wait for it any longer."""
-        self.ready = self.report = None
+        self.ready = None
+        if self.report is not None:  # what it held has gone with it
+            gone = [msgspec.structs.replace(row, state="on disk", resident_bytes=0) for row in self.report.variants]
+            self.report = messages.Report(gone, 0, 0, False)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
