@@ -1,5 +1,6 @@
 """The command line, as a person types it."""
 
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ from tests.conftest import ROOT
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "app.cli", *arguments], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "app.cli", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_generate_draws_a_prompt_into_a_file(tmp_path):

@@ -47,7 +47,7 @@ def make_loop(pipeline: Pipeline, *resident: str, directory=None) -> tuple[Loop,
     return Loop(pipeline, registry, COSTS, sent.append), sent
 
 
-def serve(loop: Loop, sent: Sent, count: int, seconds: float = 30) -> None:
+def serve(loop: Loop, sent: Sent, count: int, seconds: float = 120) -> None:
     """Turn the loop until `count` jobs have ended."""
     end = time.monotonic() + seconds
     while len(sent.done()) + len(sent.failed()) < count and time.monotonic() < end:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import APPLE
+from tests.conftest import APPLE, PLAIN, eventually
 from tests.models import oracle
 
 VARIANTS = tuple(oracle.FAMILY.variants)
@@ -44,10 +44,13 @@ def test_forty_clients_at_once_each_get_their_own_picture(server):
     def ask(request):
         variant, prompt, seed = request
         body = {"prompt": prompt, "seed": seed, "variant": variant, "timeout": 120}
-        return httpx.post(f"{server.url}/generate", json=body, timeout=120)
+        return httpx.post(f"{server.url}/generate", json=body, timeout=120, verify=PLAIN)
 
     with ThreadPoolExecutor(40) as pool:
-        responses = list(pool.map(ask, asked))
+        with server.stopped_engine():
+            answers = [pool.submit(ask, request) for request in asked]
+            assert eventually(lambda: server.in_engine() == 40, 15)
+        responses = [answer.result() for answer in answers]
     for response, (variant, prompt, seed) in zip(responses, asked, strict=True):
         assert abs(images(response)[0] - theirs(variant, prompt, seed)).max() <= 1
     assert max(max(response.json()["batch_sizes"]) for response in responses) > 1
@@ -99,6 +102,19 @@ def test_accept_image_gives_the_bare_picture(server, accept, output_format, kind
     assert response.headers["x-seed"] == "7"
     assert response.headers["x-variant"] == "1step-unet"
     assert "denoise;dur=" in response.headers["server-timing"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "fields"),
+    [
+        ("application/json, image/png", {"n": 2}),
+        ("image/png, */*;q=0.1", {"n": 2}),
+        ("application/json, image/png", {"output_format": "jpeg"}),
+    ],
+)
+def test_accept_that_allows_json_gets_it_where_a_bare_picture_is_impossible(server, accept, fields):
+    response = httpx.post(f"{server.url}/generate", json={**APPLE, **fields}, headers={"accept": accept}, timeout=60)
+    assert len(response.json()["images"]) == fields.get("n", 1)
 
 
 @pytest.mark.parametrize(
