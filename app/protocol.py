@@ -43,8 +43,9 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def on_headers_complete(self) -> None:
-        """The head is whole: hand the request on, unless it is too large; the parser turns the error into a refusal."""
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        """The head is whole: hand the request on, unless it is too large; the parser turns the error into a refusal.
+        A header costs four bytes besides its name and value."""
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > HEAD_LIMIT:
             self._head = size
             raise ValueError("the head is too large")

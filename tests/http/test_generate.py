@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.engine.messages import VariantReport
+from app.routes.models import _card
 from tests.conftest import APPLE, PLAIN, eventually
 from tests.models import oracle
 
@@ -170,6 +172,11 @@ def test_models_are_listed_in_openais_shape(server):
     assert {model["state"] for model in models["data"]} == {"resident"}
     assert httpx.get(f"{server.url}/v1/models/4step-lora").json()["steps"] == 4
     assert httpx.get(f"{server.url}/v1/models/nothing").status_code == 404
+
+
+def test_models_say_why_a_variant_failed_and_not_where_its_file_is():
+    report = VariantReport("8step-unet", 8, "failed", reason="x.safetensors is not in /srv/weights. Put it there")
+    assert _card(report, "sdxl").reason == "x.safetensors is not in ... Put it there"
 
 
 def test_ready_says_that_all_seven_are_resident(server):
