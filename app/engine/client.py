@@ -55,6 +55,7 @@ class EngineClient:
         self._costs: Costs | None = None
         self._drift = 1.0
         self._last_answer = 0.0
+        self._unanswered = 0
         self._has_served = False
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -191,7 +192,8 @@ class EngineClient:
             if self.ready is None:
                 continue
             self._send(messages.Ping())
-            if time.monotonic() - self._last_answer > HUNG_S and self._process is not None:
+            self._unanswered += 1  # counted, not timed: where the whole machine paused, nobody hung
+            if self._unanswered * PING_S > HUNG_S and self._process is not None:
                 log.error("the engine has not answered for %.0f s; killing it", HUNG_S)
                 self._process.kill()
 
@@ -221,12 +223,12 @@ class EngineClient:
             case messages.Ready():
                 self.ready, self._costs, self.report = message, message.costs, message.report
                 self._has_served = True
-                self._drift, self._last_answer = 1.0, time.monotonic()
+                self._drift, self._last_answer, self._unanswered = 1.0, time.monotonic(), 0
                 log.info("ready: %s on %s in %s", message.family, message.device, message.dtype)
             case messages.Measured(costs):
                 self._costs, self._drift = costs, 1.0
             case messages.Report():
-                self.report, self._last_answer = message, time.monotonic()
+                self.report, self._last_answer, self._unanswered = message, time.monotonic(), 0
             case messages.Worked():
                 self._count(message)
             case messages.Done(id):
