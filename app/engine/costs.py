@@ -70,11 +70,11 @@ class Costs(msgspec.Struct, frozen=True):
             self.pixels,
         )
 
-    def capped(self, batch: int) -> "Costs":
-        """The same table without the batch sizes above `batch`: larger ones do not fit into memory."""
+    def capped(self, step: int, decode: int) -> "Costs":
+        """The same table without the batch sizes above these: larger ones do not fit into memory."""
         return Costs(
-            {size: seconds for size, seconds in self.step.items() if size <= batch},
-            {size: seconds for size, seconds in self.decode.items() if size <= batch},
+            {size: seconds for size, seconds in self.step.items() if size <= step},
+            {size: seconds for size, seconds in self.decode.items() if size <= decode},
             self.encode,
             self.pixels,
         )

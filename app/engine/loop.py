@@ -33,6 +33,9 @@ from models.pipeline import Conditioning, Pipeline, UNetFunction
 from models.registry import Registry
 
 Inbox = queue.SimpleQueue[ToEngine | Callable[[], None]]
+CHUNKS_BEHIND = 2  # of finished rows, waiting for the decoder
+MANY = 1 << 30
+STEP, DECODE = 0, 1
 
 
 @dataclass
@@ -72,7 +75,10 @@ class Loop:
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._loading: set[str] = set()
-        self._finishing: queue.SimpleQueue[list[Running]] = queue.SimpleQueue()
+        self._caps = [MANY, MANY]  # rows that fit into memory, learned: of a step, of a decode
+        # Bounded: where decodes are what is slow, the steps wait for them, not the finished rows for ever.
+        self._finishing: queue.Queue[list[Running]] = queue.Queue(maxsize=CHUNKS_BEHIND)
+        self._decoding: dict[int, Running] = {}
         # On a GPU a second thread decodes beside the next steps. On a CPU both would want the same cores, and compiled
         # code holds the interpreter's lock: measured, 33 images/s instead of 70 (docs/decisions.md).
         self._decodes_beside = pipeline.device != "cpu"
@@ -127,9 +133,9 @@ class Loop:
         )
 
     def replace_costs(self, costs: Costs) -> None:
-        """Plan by a new table from now on, and tell the other side."""
-        self.costs = costs
-        self.send(Measured(costs))
+        """Plan by a new table from now on, without what was learned not to fit, and tell the other side."""
+        self.costs = costs.capped(*self._caps)
+        self.send(Measured(self.costs))
 
     def _take(self, message: ToEngine | Callable[[], None]) -> None:
         match message:
@@ -139,6 +145,7 @@ class Loop:
             case Cancel(ids):
                 for id in ids:
                     self.board.pop(id, None)
+                    self._decoding.pop(id, None)
             case Ping():
                 self.send(self.report())
             case _:
@@ -155,11 +162,11 @@ class Loop:
         start = time.monotonic()
         try:
             stepped = self._denoise(unet, rows)
-        except torch.OutOfMemoryError:
-            self._shrink(rows)
-            return
         except Exception as error:
-            self._isolate(rows, error, self._step)
+            if is_out_of_memory(error) and len(rows) > 1:
+                self._learn(STEP, len(rows) // 2)  # nothing is lost: the rows stay on the board
+            else:
+                self._isolate(rows, error, self._step)
             return
         seconds = time.monotonic() - start
         for running, latents in zip(rows, stepped, strict=True):
@@ -172,13 +179,16 @@ class Loop:
 
     def _denoise(self, unet: UNetFunction, rows: list[Running]) -> Tensor:
         schedule = self.registry.schedules[rows[0].job.variant]
+        for row in rows:
+            if row.latents is None and row.conditioning is not None:
+                row.conditioning = self.pipeline.project(unet, row.conditioning)
         latents = [
             self.pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
             if row.latents is None
             else row.latents
             for row in rows
         ]
-        step = torch.tensor([row.step for row in rows]).to(self.pipeline.device, non_blocking=True)
+        step = self.pipeline.to_device(torch.tensor([row.step for row in rows]))
         conditioning = [row.conditioning for row in rows if row.conditioning is not None]
         stepped = self.pipeline.denoise(unet, schedule, torch.stack(latents), step, conditioning)
         self.pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
@@ -201,6 +211,7 @@ class Loop:
         self._worked("encode", new, seconds)
 
     def _finish(self, rows: list[Running]) -> None:
+        self._decoding.update({row.job.id: row for row in rows})
         chunk = self.costs.best_decode_batch
         for start in range(0, len(rows), chunk):
             if self._decodes_beside:
@@ -217,10 +228,15 @@ class Loop:
                 os._exit(70)  # never alive and mute: the other process starts a new engine
 
     def _decode(self, rows: list[Running]) -> None:
+        rows = [row for row in rows if row.job.id in self._decoding]  # the others were cancelled while they waited
+        if not rows:
+            return
         start = time.monotonic()
         try:
             pictures, sound = self.pipeline.decode([row.latents for row in rows if row.latents is not None])
         except Exception as error:
+            if is_out_of_memory(error) and len(rows) > 1:
+                self._learn(DECODE, len(rows) // 2)
             self._isolate(rows, error, self._decode)
             return
         seconds = time.monotonic() - start
@@ -231,6 +247,7 @@ class Loop:
 
     def _send_picture(self, running: Running, pixels: Tensor, sound: bool) -> None:
         job = running.job
+        self._decoding.pop(job.id, None)
         if not sound:
             self.send(Failed(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture"))
             return
@@ -240,23 +257,26 @@ class Loop:
 
     def _isolate(self, rows: list[Running], error: Exception, retry: Callable[[list[Running]], object]) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""
-        end_if_the_device_is_lost(error)
+        out_of_memory = is_out_of_memory(error)
+        if out_of_memory:
+            torch.cuda.empty_cache()
+        else:
+            end_if_the_device_is_lost(error)
         if len(rows) == 1:
-            self._fail(rows[0].job.id, "failed", type(error).__name__)
+            self._fail(rows[0].job.id, "out_of_memory" if out_of_memory else "failed", type(error).__name__)
             return
         retry(rows[: len(rows) // 2])
         retry(rows[len(rows) // 2 :])
 
-    def _shrink(self, rows: list[Running]) -> None:
-        """Out of memory: nothing is lost, the rows stay on the board and the batch is smaller from now on."""
+    def _learn(self, what: int, rows: int) -> None:
+        """Memory did not suffice for more than `rows` at once: never try it again."""
         torch.cuda.empty_cache()
-        if len(rows) == 1:
-            self._fail(rows[0].job.id, "out_of_memory")
-        else:
-            self.replace_costs(self.costs.capped(len(rows) // 2))
+        self._caps[what] = min(self._caps[what], rows)
+        self.replace_costs(self.costs)
 
     def _fail(self, id: int, code: str, detail: str = "") -> None:
         self.board.pop(id, None)
+        self._decoding.pop(id, None)
         self.send(Failed(id, code, detail))
 
     def _worked(self, stage: str, rows: list[Running], seconds: float) -> None:
@@ -286,6 +306,11 @@ class Loop:
     def _fail_variant(self, name: str, reason: str) -> None:
         for running in [running for running in self.board.values() if running.job.variant == name]:
             self._fail(running.job.id, "variant_unavailable", reason)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device's memory did not suffice; cuBLAS and cuDNN say so in their own words."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def end_if_the_device_is_lost(error: Exception) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from app.engine import cuda
 from app.engine.config import EngineConfig
 from app.engine.costs import Costs
 from app.engine.loop import Loop
@@ -93,20 +94,36 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
     if device == "cuda" and not torch.cuda.is_available():
         raise NoDevice("DEVICE=cuda, but torch finds no CUDA device here: leave DEVICE out, or install CUDA's torch")
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    if device == "cuda":
+        cuda.take(Path(config.cache))
     dtype, family = choose_dtype(config, device), choose_family(config, device)
     store = WeightStore(family, Path(config.directory) if config.directory else None)
     pipeline = Pipeline(store, device, dtype)
-    tiers = [Tier("cuda", config.device_budget), Tier("cpu", config.host_budget, pinned=True)]
-    registry = Registry(store, device, dtype, tiers if device == "cuda" else [Tier("cpu", config.host_budget)])
-    preload = list(family.variants) if family.name == "embedded" else [DEFAULT_VARIANT]
+    tiers = [Tier("cpu", config.host_budget, pinned=device == "cuda")]
+    if device == "cuda":
+        budget = cuda.spare_memory() if config.device_budget is None else config.device_budget
+        tiers = [Tier("cuda", budget), *tiers]
+    registry = Registry(store, device, dtype, tiers)
+    preload = choose_preload(store)
     for name in preload:
         registry.load(name)
+    if device == "cuda":
+        cuda.prepare(pipeline, registry)
     recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and _compiles(family, device) else None
     if recipe is not None and recipe.is_built():
         _use_compiled(pipeline, registry, recipe)
     loop = Loop(pipeline, registry, _measured(config, pipeline, registry, preload[0]), wire.send)
     loop.compiled = registry.bind is not None
     return loop, recipe
+
+
+def choose_preload(store: WeightStore) -> list[str]:
+    """What is loaded before the first request: all that is here of the small model; of SDXL one variant, the default if
+    it is here, or if none is and it must be fetched."""
+    here = store.variants_here()
+    if store.family.name == "embedded" and here:
+        return here
+    return [DEFAULT_VARIANT] if DEFAULT_VARIANT in here or not here else here[:1]
 
 
 def _compiles(family: Family, device: str) -> bool:
@@ -116,6 +133,11 @@ def _compiles(family: Family, device: str) -> bool:
 def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, variant: str) -> Costs:
     max_batch = config.max_batch or MAX_BATCH[pipeline.device]
     return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch)
+
+
+def _measured_anew(config: EngineConfig, loop: Loop) -> Costs:
+    variant = next(row.name for row in loop.registry.status() if row.state == "resident")
+    return _measured(config, loop.pipeline, loop.registry, variant)
 
 
 def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recipe) -> None:
@@ -138,8 +160,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
     def swap_in() -> None:
         _use_compiled(loop.pipeline, loop.registry, recipe)
         loop.compiled = loop.registry.bind is not None
-        variant = next(row.name for row in loop.registry.status() if row.state == "resident")
-        loop.replace_costs(_measured(config, loop.pipeline, loop.registry, variant))
+        loop.replace_costs(_measured_anew(config, loop))
         print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
 
     def wait() -> None:
@@ -162,7 +183,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     try:
         loop, recipe = build_loop(config, wire)
-    except (MissingWeights, BadWeights, OverBudget, NoDevice) as error:
+    except (MissingWeights, BadWeights, OverBudget, NoDevice, torch.OutOfMemoryError) as error:
         wire.last_word(Fatal(str(error)))
         raise SystemExit(f"the engine cannot start: {error}") from error
     wire.feed(loop)
@@ -171,6 +192,8 @@ def main() -> None:
     wire.send(Ready(family, loop.pipeline.device, dtype, loop.costs, loop.report()))
     if recipe is not None and not loop.compiled and compiled.can_build():
         compile_later(config, loop, recipe)
+    if config.compile and loop.pipeline.device == "cuda":
+        cuda.compile_later(loop, lambda: _measured_anew(config, loop))
     loop.run()
 
 

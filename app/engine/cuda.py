@@ -1,0 +1,69 @@
+"""What a GPU is given before it serves, and what it is given later: a kernel for attention, graphs, compiled code."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from app.engine.costs import Costs
+from app.engine.loop import Loop
+from models.attention import use_fastest_attention
+from models.graphs import BUCKETS, Graphed, compiled, on_gpu
+from models.pipeline import Pipeline, advance
+from models.registry import Registry
+
+DECODED = BUCKETS[:3]  # a decode at 1024 px fills the GPU from one row on, and each row more takes about 2 GB
+STEPS_FIRST = -1  # streams of this priority go before those of 0, where decodes and loads are
+
+
+def take(cache: Path) -> None:
+    """Make this thread's work go first on the GPU. To be called before anything is put there."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    torch.cuda.set_stream(torch.cuda.Stream(priority=STEPS_FIRST))
+    torch.backends.cudnn.benchmark = True
+
+
+def spare_memory() -> int:
+    """Bytes for weight sets: half of what is free once text encoders and VAE are there. The other half is for the
+    weights that run (5.1 GB for SDXL), activations and graphs."""
+    return torch.cuda.mem_get_info()[0] // 2
+
+
+def prepare(pipeline: Pipeline, registry: Registry) -> None:
+    """Choose the attention kernel, and replace the pipeline's functions by graphs; the warm-up records them."""
+    _say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
+    pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_FIRST))
+    pipeline.decoder = Graphed(pipeline.decoder, on_gpu(0), DECODED)
+    pipeline.steps[registry.unet] = Graphed(partial(advance, registry.unet), on_gpu(STEPS_FIRST))
+
+
+def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
+    """Compile beside the service, the decoder first: it has most to gain. Each graph is replaced as soon as its better
+    one is recorded; at the end the costs are measured anew, between two turns."""
+    functions = [loop.pipeline.decoder, *loop.pipeline.steps.values()]
+
+    def settle() -> None:
+        loop.replace_costs(measured())
+        loop.compiled = True
+        _say("compiled code in place")
+
+    def work() -> None:
+        try:
+            for graphed in functions:
+                assert isinstance(graphed, Graphed)
+                graphed.improve(compiled(graphed.function))
+        except Exception as error:  # of a compiler: anything
+            _say("compilation failed; serving without what is missing", reason=str(error)[:500])
+        else:
+            loop.inbox.put(settle)
+
+    threading.Thread(target=work, daemon=True, name="compile").start()
+
+
+def _say(event: str, **more: object) -> None:
+    print(json.dumps({"event": event, **more}), file=sys.stderr, flush=True)
