@@ -23,6 +23,11 @@ format: .venv/developed
 bench: .venv/developed
 	$(BIN)/python -m bench
 
+# PART=check|stages|server, all if absent; TINY=1 tries it on a CPU. A lent GPU machine has torch but no network for a
+# .venv: there its own python3 runs this (docs/performance.md).
+bench-gpu:
+	@$(if $(wildcard .venv/developed),$(BIN)/python,$(PYTHON)) -m bench.gpu
+
 teacher: .venv/developed system-packages
 	$(BIN)/python -m distill.teacher
 

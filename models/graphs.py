@@ -16,6 +16,7 @@ from torch import Tensor
 BUCKETS = (1, 2, 4, 8)  # rows
 FULL = 0.75  # above this share a bucket is padded; else the rows are split: 7 run as 8, but 6 as 4 + 2 and 3 as 2 + 1
 GRAPHS_KEPT = 16  # of one function: four sizes of pictures. The least recently used goes.
+COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graphs are ours
 WARM_UPS = 2  # calls before a recording, in which libraries choose their algorithms and torch.compile compiles
 
 Rows = tuple[Tensor, ...]  # tensors (B, ...) of one B
@@ -71,10 +72,11 @@ class Graphed:
             while len(self._graphs) > GRAPHS_KEPT:
                 self._graphs.popitem(last=False)
 
-    def improve(self, function: Callable[..., Any]) -> None:
+    def improve(self, function: Callable[..., Any], only: Callable[[Key], bool] = lambda key: True) -> None:
         """Replace the graphs there are, one after another, by those of a function that does the same, faster."""
-        for (bucket, _), graph in list(self._graphs.items()):
-            self.capture(graph.inputs, bucket, function)
+        for key, graph in list(self._graphs.items()):
+            if only(key):
+                self.capture(graph.inputs, key[0], function)
 
     def _run(self, bucket: int, rows: Rows) -> Rows:
         if (key := self._key(bucket, rows)) not in self._graphs:
@@ -135,10 +137,10 @@ def on_gpu(priority: int) -> Recorder:
     return record
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], mode: str = COMPILE_MODE) -> Callable[..., Any]:
     """The function through torch.compile, which works at the first call of each shape: minutes, or seconds where
-    TORCHINDUCTOR_CACHE_DIR has the result. Not for Inductor's own CUDA graphs: we record ours."""
-    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    TORCHINDUCTOR_CACHE_DIR has the result."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
 def _synchronize(inputs: Rows) -> None:
