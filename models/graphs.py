@@ -4,6 +4,7 @@ A graph replays some two thousand launches by one, and the host is free meanwhil
 functions are called as they are (models.pipeline); the tests record by calling.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8)  # rows
 FULL = 0.75  # above this share a bucket is padded; else the rows are split: 7 run as 8, but 6 as 4 + 2 and 3 as 2 + 1
@@ -65,7 +68,13 @@ class Graphed:
             out = call(*inputs)
             return out if isinstance(out, tuple) else (out,)
 
-        replay, outputs = self.record(over_the_inputs)
+        try:
+            replay, outputs = self.record(over_the_inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("%d rows cannot be recorded and will be called: %s", bucket, error)
+            replay, outputs = by_calling(over_the_inputs)
         with _one_capture, self._lock:
             _synchronize(inputs)  # what this displaces may still run
             self._graphs[self._key(bucket, rows)] = Graph(inputs, outputs, replay)
@@ -107,7 +116,7 @@ def split(rows: int, buckets: tuple[int, ...] = BUCKETS) -> list[int]:
 
 
 def by_calling(call: Callable[[], Rows]) -> tuple[Callable[[], object], Rows]:
-    """A recorder without CUDA: the "graph" calls the function again and writes into the same outputs."""
+    """A recorder without CUDA, or where CUDA refuses: a replay calls the function, and writes into the same outputs."""
     outputs = call()
 
     def replay() -> None:

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from models import weights
+from models import fp8, weights
 from models.attention import share_text_weights
 from models.catalog import Variant
 from models.pipeline import UNetFunction, check_fit
@@ -73,6 +73,7 @@ class Registry:
     load and unload may run in any thread; use() belongs to the thread that runs the UNet. A load that fails changes
     nothing else. `bind` makes a UNet function of a weight set; None runs the one UNet module (see models.compiled).
     `static`: the module has weights of its own, into which a set is copied; else it refers to the set's.
+    `quantize`: what is done to each set as it is loaded (models.fp8), if anything.
     """
 
     def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype, tiers: list[Tier]) -> None:
@@ -87,6 +88,7 @@ class Registry:
         self.active: str | None = None
         self.switches = 0
         self.bind: Callable[[WeightSet], UNetFunction] | None = None
+        self.quantize: Callable[[WeightSet], WeightSet] | None = None
         self._bound: dict[str, UNetFunction] = {}
         self._sets: list[OrderedDict[str, WeightSet]] = [OrderedDict() for _ in tiers]
         self._loading: set[str] = set()
@@ -213,9 +215,15 @@ class Registry:
         if unet.conv_in.weight.is_meta:
             unet.to(self.dtype).to_empty(device=self.device).to(memory_format=torch.channels_last)
             self.unet.text_weights = share_text_weights(unet)
+            if self.quantize is not None:
+                fp8.place(unet, weight_set)
         own = unet.state_dict()
-        with torch.inference_mode():  # in few launches: one by one, 1,680 of them would take longer than the copy
-            torch._foreach_copy_(list(own.values()), [weight_set[key] for key in own], non_blocking=True)
+        plain = [key for key in own if type(own[key]) is Tensor]
+        with torch.inference_mode():
+            # In few launches: one by one, 1,680 of them would take longer than the copy.
+            torch._foreach_copy_([own[key] for key in plain], [weight_set[key] for key in plain], non_blocking=True)
+            for key in own.keys() - set(plain):
+                own[key].copy_(weight_set[key])
         self._wait()  # or the set might be evicted, and its memory used anew, before it is read
 
     def bytes_of_a_set(self) -> int:
@@ -240,10 +248,11 @@ class Registry:
             state = unet.state_dict()
         else:
             check_fit(self.unet.unet, state, variant.file)
-        return {
+        laid_out = {
             key: tensor.to(self.dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
             for key, tensor in state.items()
         }
+        return self.quantize(laid_out) if self.quantize is not None else laid_out
 
     def _wait(self) -> None:
         """Until the copies that this thread has begun are done."""

@@ -23,6 +23,7 @@ from app.engine.messages import Fatal, FromEngine, Ready, frame, receive
 from app.engine.warmup import measure
 from models import compiled
 from models.catalog import CATALOG, Family
+from models.fp8 import NoFp8, quantizer
 from models.pipeline import Pipeline
 from models.registry import OverBudget, Registry, Tier
 from models.weights import BadWeights, MissingWeights, WeightStore
@@ -89,7 +90,7 @@ def choose_dtype(config: EngineConfig, device: str) -> torch.dtype:
 
 
 def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe | None]:
-    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget, NoDevice."""
+    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget, NoDevice, NoFp8."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise NoDevice("DEVICE=cuda, but torch finds no CUDA device here: leave DEVICE out, or install CUDA's torch")
@@ -104,6 +105,8 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
         budget = cuda.spare_memory() if config.device_budget is None else config.device_budget
         tiers = [Tier("cuda", budget), *tiers]
     registry = Registry(store, device, dtype, tiers)
+    if config.fp8:
+        registry.quantize = quantizer()
     preload = choose_preload(store)
     for name in preload:
         registry.load(name)
@@ -183,7 +186,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     try:
         loop, recipe = build_loop(config, wire)
-    except (MissingWeights, BadWeights, OverBudget, NoDevice, torch.OutOfMemoryError) as error:
+    except (MissingWeights, BadWeights, OverBudget, NoDevice, NoFp8, torch.OutOfMemoryError) as error:
         wire.last_word(Fatal(str(error)))
         raise SystemExit(f"the engine cannot start: {error}") from error
     wire.feed(loop)

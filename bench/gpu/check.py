@@ -1,7 +1,9 @@
 """Are the pictures right? Against diffusers' own pipeline with the same weights, alone and in mixed batches."""
 
+import os
 import random
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from bench.gpu.peer import Peer
 from bench.work import prompts
 
 GATE = 40.0  # dB, of every picture
+FP8_GATE = 30.0  # dB from our own float16, of every picture; below it FP8=1 is not to be used
 FLAT = 30.0  # of 255; the standard deviation that each picture must have
 SAME = 25.0  # dB; two prompts' or two seeds' pictures must be farther apart than this
 JOINS = 3  # rows that join a running batch at a time
@@ -46,6 +49,7 @@ def check(ours: Ours, peer: Peer, pixels: int) -> dict[str, Any]:
     found["psnr_db_vs_diffusers_alone"] = [round(value, 1) for value in alone]
     found["psnr_db_vs_diffusers_mixed"] = [round(value, 1) for value in mixed]
     found["a_step_waits_for_nothing"] = _waits_for_nothing(ours, asked, seeds, pixels) if ours.on_gpu else None
+    found |= _fp8(ours, asked[:4], seeds[:4], pixels)
     found["passed"] = bool(
         found["psnr_db_vs_diffusers"] >= GATE
         and found["pixel_std"] >= FLAT
@@ -81,6 +85,17 @@ def _joining(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixel
             pictures.update(zip([place for place, _ in done], decoded, strict=True))
         running = [each for each in running if each[1] < steps]
     return [pictures[place] for place in range(len(asked))]
+
+
+def _fp8(ours: Ours, asked: list[str], seeds: list[int], pixels: int) -> dict[str, Any]:
+    """How far fp8 pictures are from float16 ones; why not, where there is no fp8. It never fails the check."""
+    try:
+        other = Ours(ours.rig, Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")), in_fp8=True)
+        pairs = [(each.draw(VARIANTS[0], asked, seeds, pixels)) for each in (ours, other)]
+    except Exception as error:
+        return {"fp8": str(error)[:300]}
+    worst = min(_psnr(one, two) for one, two in zip(*pairs, strict=True))
+    return {"psnr_db_fp8_vs_fp16": round(worst, 2), "fp8": "passes" if worst >= FP8_GATE else "is not good enough"}
 
 
 def _waits_for_nothing(ours: Ours, asked: list[str], seeds: list[int], pixels: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.engine import cuda
 from bench.gpu.rig import Rig
+from models import fp8
 from models.graphs import Graphed, by_calling
 from models.pipeline import Conditioning, Pipeline, advance
 from models.registry import Registry, Tier
@@ -19,7 +20,7 @@ from models.weights import WeightStore
 class Ours:
     """Pipeline and registry with graphs; on a CPU their stand-ins, so that the tiny rig goes the same way."""
 
-    def __init__(self, rig: Rig, cache: Path) -> None:
+    def __init__(self, rig: Rig, cache: Path, in_fp8: bool = False) -> None:
         self.rig, self.on_gpu = rig, rig.device == "cuda"
         if self.on_gpu:
             cuda.take(cache)
@@ -28,6 +29,8 @@ class Ours:
         self.pipeline = Pipeline(store, rig.device, rig.dtype)
         self.registry = Registry(store, rig.device, rig.dtype, [Tier(rig.device, 1 << 62)])
         self.registry.static = True
+        if in_fp8:
+            self.registry.quantize = fp8.quantizer()
         self.registry.load("4step-unet")
         self.unet = self.registry.use("4step-unet")
         self.synchronize()

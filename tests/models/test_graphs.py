@@ -126,6 +126,14 @@ def test_a_better_function_takes_the_place_of_a_recorded_one():
     assert len(calls) == 4
 
 
+def test_what_cannot_be_recorded_is_called():
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = Graphed(lambda x: x + 1, refuse)
+    assert [graphed(torch.full((3,), float(at))).tolist() for at in (0, 1)] == [[1, 1, 1], [2, 2, 2]]
+
+
 def test_a_step_and_a_decode_compile_without_a_break(pipeline, static):
     """Traced by Dynamo as torch.compile would, on the CPU and without Inductor's minutes."""
     static.use("4step-unet")
