@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from app.engine.client import allocator
 from bench.client import Client, Reply
 from bench.contenders import ROOT, Contender
 from bench.load import percentile
@@ -84,7 +85,7 @@ async def _bare(engine: asyncio.subprocess.Process, ask: Work) -> float:
 async def _bare_engine(threads: int) -> AsyncIterator[tuple[asyncio.subprocess.Process, bool]]:
     engine = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bench.bare", cwd=ROOT,
-        env={**os.environ, "MODEL": "embedded", "THREADS": str(threads)},
+        env={**allocator(), **os.environ, "MODEL": "embedded", "THREADS": str(threads)},
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert engine.stdin is not None

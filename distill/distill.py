@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,16 +25,15 @@ GUIDANCE = 3.0  # folded in at stage 0 and never again (the paper's is 6, for SD
 class Plan:
     """Iterations of each phase: (LoRA conditional, LoRA relaxed, full relaxed) by the student's steps."""
 
-    many: tuple[int, int] = (60, 40)  # stage 0: LoRA, full
+    many: tuple[int, int] = (200, 100)  # stage 0: LoRA, full
     adversarial: tuple[tuple[int, tuple[int, int, int]], ...] = (
-        (8, (25, 25, 50)),
-        (4, (40, 40, 70)),
-        (2, (40, 40, 70)),
-        (1, (15, 0, 30)),  # no LoRA: conditional and relaxed are both of the full network
+        (8, (60, 60, 100)),
+        (4, (80, 80, 160)),
+        (2, (120, 120, 250)),
+        (1, (250, 0, 400)),  # no LoRA: conditional and relaxed are both of the full network
     )
-    switch: int = 450  # iterations of the epsilon to x0 switch
+    switch: int = 600  # iterations of the epsilon to x0 switch
     batch: int = 32
-    anchor: float = 30.0
 
 
 def stage_0(shop: Workshop, plan: Plan) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
@@ -124,7 +123,7 @@ def open_workshop(runs: Path, plan: Plan, name: str) -> Workshop:
     made.unet.to(memory_format=torch.channels_last)
     cache = latents.cached(made.vae, runs / "latents.pt")
     (runs / name).mkdir(parents=True, exist_ok=True)
-    return Workshop(made, cache, runs / name, plan.batch, plan.anchor)
+    return Workshop(made, cache, runs / name, plan.batch)
 
 
 def main(runs: Path = Path("runs"), plan: Plan = Plan(), only: str = "") -> None:
@@ -132,7 +131,7 @@ def main(runs: Path = Path("runs"), plan: Plan = Plan(), only: str = "") -> None
     if only != "mse":
         distill(open_workshop(runs, plan, "distill"), plan, runs / "embedded")
     if only != "adversarial":
-        distill_by_mse(open_workshop(runs, replace(plan, anchor=0.0), "distill_mse"), plan, runs / "distill_mse")
+        distill_by_mse(open_workshop(runs, plan, "distill_mse"), plan, runs / "distill_mse")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Sizes:
     vae_steps: int = 2000
     vae_crop_steps: int = 5000
     decoder_steps: int = 0  # more is sharper: 0.35 s each; the UNet need not know
-    steps: int = 3000
+    steps: int = 6000
     batch: int = 32
     jitters: int = 2
     every: int = 1  # train on every n-th pair

@@ -6,7 +6,7 @@ functions are called as they are (models.pipeline); the tests record by calling.
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,16 +40,21 @@ class Graph:
 
 class Graphed:
     """A function of tensors (B, ...) that returns a tensor or several (B, ...), whose rows do not depend on each other.
-    Called like the function, from any thread; any B is padded or split into buckets."""
+    Called like the function, from any thread; any B is padded or split into buckets.
+
+    often: which call of a shape records it; those before run the function as it is.
+    """
 
     def __init__(self, function: Callable[..., Any], record: Recorder, buckets: tuple[int, ...] = BUCKETS) -> None:
         self.function, self.record, self.buckets = function, record, buckets
+        self.often = 1
+        self._seen: Counter[Key] = Counter()
         self._graphs: OrderedDict[Key, Graph] = OrderedDict()
         self._lock = threading.Lock()  # the buffers hold one call at a time
 
     @torch.inference_mode()
     def __call__(self, *rows: Tensor) -> Any:
-        """What the function returns. A shape not seen before is recorded first, which takes a few calls' time."""
+        """What the function returns. Where a shape is to be recorded, that takes a few calls' time."""
         parts, start = [], 0
         for bucket in split(len(rows[0]), self.buckets):
             parts.append(self._run(bucket, tuple(each[start : start + bucket] for each in rows)))
@@ -65,8 +70,7 @@ class Graphed:
         inputs = tuple(each[:1].repeat(bucket, *[1] * (each.ndim - 1)) for each in rows)
 
         def over_the_inputs() -> Rows:
-            out = call(*inputs)
-            return out if isinstance(out, tuple) else (out,)
+            return _several(call(*inputs))
 
         try:
             replay, outputs = self.record(over_the_inputs)
@@ -89,6 +93,9 @@ class Graphed:
 
     def _run(self, bucket: int, rows: Rows) -> Rows:
         if (key := self._key(bucket, rows)) not in self._graphs:
+            self._seen[key] += 1
+            if self._seen[key] < self.often:
+                return _several(self.function(*rows))
             self.capture(rows, bucket)
         with self._lock:
             graph, count = self._graphs[key], len(rows[0])
@@ -133,6 +140,7 @@ def on_gpu(priority: int) -> Recorder:
 
     def record(call: Callable[[], Rows]) -> tuple[Callable[[], object], Rows]:
         torch.cuda.synchronize()  # the inputs were made on another stream
+        torch.backends.cudnn.benchmark = True  # only here: elsewhere each new shape would wait for it
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 call()
@@ -141,6 +149,7 @@ def on_gpu(priority: int) -> Recorder:
         # "thread_local": other threads load weights and decode meanwhile, with allocations that a capture forbids.
         with _one_capture, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = call()
+        torch.backends.cudnn.benchmark = False
         return graph.replay, outputs
 
     return record
@@ -150,6 +159,10 @@ def compiled(function: Callable[..., Any], mode: str = COMPILE_MODE) -> Callable
     """The function through torch.compile, which works at the first call of each shape: minutes, or seconds where
     TORCHINDUCTOR_CACHE_DIR has the result."""
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def _several(out: Any) -> Rows:
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _synchronize(inputs: Rows) -> None:

@@ -28,6 +28,7 @@ UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 PROMPTS_CACHED = 1024  # prompts; SDXL's take 318 KB each in fp16 (77 x 2048 + 1280), so 0.3 GB in all
+STEPS_PRIORITY = -1  # of the CUDA stream that steps and encodes share; it goes before 0, the decodes'
 FLAT = 1 / 255  # a picture whose pixels deviate less than this is black or blank: a numeric fault, not a picture
 
 
@@ -92,6 +93,10 @@ class Pipeline:
 
     def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        on_gpu = device.startswith("cuda")
+        self._steps_stream = torch.cuda.Stream(priority=STEPS_PRIORITY) if on_gpu else None
+        self._decode_stream = torch.cuda.Stream(priority=0) if on_gpu else None
+        self.use_stream()
         self.tokenizers = [
             CLIPTokenizer.from_pretrained(store.component_folder(part), local_files_only=True)
             for part in ("tokenizer", "tokenizer_2")
@@ -109,8 +114,12 @@ class Pipeline:
         self.latent_channels: int = vae_config["latent_channels"]
         self.vae_scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent, 8
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
-        # Of the lowest priority there is: the step that runs beside a decode has somebody waiting for it too.
-        self._stream = torch.cuda.Stream(priority=0) if device.startswith("cuda") else None
+
+    def use_stream(self) -> None:
+        """Make what this thread does on a GPU go first there, and in one order with what others do that called this.
+        To be called by each thread that encodes or steps; the one that made the pipeline has."""
+        if self._steps_stream is not None:
+            torch.cuda.set_stream(self._steps_stream)
 
     def _text_encoder(self, store: weights.WeightStore, part: str, kind: type[PreTrainedModel]) -> nn.Module:
         return self._filled(kind(CLIPTextConfig.from_dict(store.config(part))), store, part)
@@ -163,7 +172,7 @@ class Pipeline:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """A host tensor on the device; through pinned memory, so that the host need not wait."""
-        return tensor if self._stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor if self._steps_stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
@@ -216,20 +225,20 @@ class Pipeline:
     def _decode(
         self, decoder: Callable[[Tensor], tuple[Tensor, Tensor]], latents: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        if self._stream is None:
+        if self._decode_stream is None:
             return decoder(torch.stack(tuple(latents)))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._decode_stream):
             # Stacked here, not by the caller: on its stream the copy would wait behind the step that runs now.
             pixels, sound = (
                 torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
                 for part in decoder(torch.stack(tuple(latents)))
             )
-            self._stream.synchronize()
+            self._decode_stream.synchronize()
         return pixels, sound
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
-        if self._stream is not None:
+        if self._steps_stream is not None:
             torch.cuda.current_stream().synchronize()
 
 

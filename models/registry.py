@@ -70,7 +70,7 @@ class UNet(nn.Module):
 class Registry:
     """Weight sets of one family in memory tiers, the fastest first, least recently used out first.
 
-    load and unload may run in any thread; use() belongs to the thread that runs the UNet. A load that fails changes
+    load and unload may run in any thread; use() belongs to the thread that plans. A load that fails changes
     nothing else. `bind` makes a UNet function of a weight set; None runs the one UNet module (see models.compiled).
     `static`: the module has weights of its own, into which a set is copied; else it refers to the set's.
     `quantize`: what is done to each set as it is loaded (models.fp8), if anything.

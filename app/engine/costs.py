@@ -13,13 +13,14 @@ class Costs(msgspec.Struct, frozen=True):
     """Seconds of a UNet step and of a VAE decode by batch size, measured at warm-up at one picture size.
 
     step, decode: seconds by batch size, from 1 up. pixels: of the measured pictures; other sizes are priced in
-    proportion. encode: seconds to encode one prompt.
+    proportion. encode: seconds to encode one prompt. lanes: calls that the device makes at a time.
     """
 
     step: dict[int, float]
     decode: dict[int, float]
     encode: float
     pixels: int
+    lanes: int = 1
 
     def step_seconds(self, batch: int, pixels: int) -> float:
         """What one UNet call on `batch` rows takes."""
@@ -44,11 +45,11 @@ class Costs(msgspec.Struct, frozen=True):
         return row.steps_left * self.step_seconds(1, row.pixels) + self.decode_seconds(1, row.pixels)
 
     def work(self, rows: Iterable[Row]) -> float:
-        """Device seconds to finish these rows, batched as the scheduler would batch them."""
+        """Seconds until the device has finished these rows, batched as the scheduler would batch them."""
         return sum(self.shares(rows).values())
 
     def shares(self, rows: Iterable[Row]) -> dict[int, float]:
-        """Each row's share of the device seconds, by id: its steps and decode in the batches its group allows."""
+        """Each row's share of those seconds, by id: its steps and decode in the batches its group allows."""
         groups: dict[tuple[str, int, int], list[Row]] = {}
         for row in rows:
             groups.setdefault(row.group, []).append(row)
@@ -58,25 +59,24 @@ class Costs(msgspec.Struct, frozen=True):
             batch, decodes = min(len(group), self.best_batch), min(len(group), self.best_decode_batch)
             step = self.step_seconds(batch, pixels) / batch
             decode = self.decode_seconds(decodes, pixels) / decodes + self.encode
-            shares.update({row.id: row.steps_left * step + decode for row in group})
+            shares.update({row.id: (row.steps_left * step + decode) / self.lanes for row in group})
         return shares
 
     def scaled(self, by: float) -> "Costs":
         """The same table where everything takes `by` times as long: a machine that is busier than at warm-up."""
-        return Costs(
-            {batch: seconds * by for batch, seconds in self.step.items()},
-            {batch: seconds * by for batch, seconds in self.decode.items()},
-            self.encode * by,
-            self.pixels,
+        return msgspec.structs.replace(
+            self,
+            step={batch: seconds * by for batch, seconds in self.step.items()},
+            decode={batch: seconds * by for batch, seconds in self.decode.items()},
+            encode=self.encode * by,
         )
 
     def capped(self, step: int, decode: int) -> "Costs":
         """The same table without the batch sizes above these: larger ones do not fit into memory."""
-        return Costs(
-            {size: seconds for size, seconds in self.step.items() if size <= step},
-            {size: seconds for size, seconds in self.decode.items() if size <= decode},
-            self.encode,
-            self.pixels,
+        return msgspec.structs.replace(
+            self,
+            step={size: seconds for size, seconds in self.step.items() if size <= step},
+            decode={size: seconds for size, seconds in self.decode.items() if size <= decode},
         )
 
 

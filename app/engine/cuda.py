@@ -14,18 +14,16 @@ from app.engine.costs import Costs
 from app.engine.loop import Loop
 from models.attention import use_fastest_attention
 from models.graphs import BUCKETS, Graphed, compiled, on_gpu
-from models.pipeline import Pipeline, advance
+from models.pipeline import STEPS_PRIORITY, Pipeline, advance
 from models.registry import Registry
 
 DECODED = BUCKETS[:3]  # a decode at 1024 px fills the GPU from one row on, and each row more takes about 2 GB
-STEPS_FIRST = -1  # streams of this priority go before those of 0, where decodes and loads are
+SEEN_OFTEN = 20  # calls of a shape, after the warm-up, that make it worth a recording
 
 
-def take(cache: Path) -> None:
-    """Make this thread's work go first on the GPU. To be called before anything is put there."""
+def set_up(cache: Path) -> None:
+    """Say where torch.compile keeps what it makes."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    torch.cuda.set_stream(torch.cuda.Stream(priority=STEPS_FIRST))
-    torch.backends.cudnn.benchmark = True
 
 
 def spare_memory() -> int:
@@ -37,14 +35,21 @@ def spare_memory() -> int:
 def prepare(pipeline: Pipeline, registry: Registry) -> None:
     """Choose the attention kernel, and replace the pipeline's functions by graphs; the warm-up records them."""
     _say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
-    pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_FIRST))
+    pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_PRIORITY))
     pipeline.decoder = Graphed(pipeline.decoder, on_gpu(0), DECODED)
-    pipeline.steps[registry.unet] = Graphed(partial(advance, registry.unet), on_gpu(STEPS_FIRST))
+    pipeline.steps[registry.unet] = Graphed(partial(advance, registry.unet), on_gpu(STEPS_PRIORITY))
+
+
+def warmed_up(pipeline: Pipeline) -> None:
+    """From now on record only shapes that are often asked for: clients choose the sizes of pictures."""
+    for graphed in (pipeline.text, pipeline.decoder, *pipeline.steps.values()):
+        if isinstance(graphed, Graphed):
+            graphed.often = SEEN_OFTEN
 
 
 def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
     """Compile beside the service, the decoder first: it has most to gain. Each graph is replaced as soon as its better
-    one is recorded; at the end the costs are measured anew, between two turns."""
+    one is recorded; at the end the costs are measured anew, between two calls."""
     functions = [loop.pipeline.decoder, *loop.pipeline.steps.values()]
 
     def settle() -> None:
@@ -60,7 +65,7 @@ def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
         except Exception as error:  # of a compiler: anything
             _say("compilation failed; serving without what is missing", reason=str(error)[:500])
         else:
-            loop.inbox.put(settle)
+            loop.post(lambda: loop.when_idle(settle))
 
     threading.Thread(target=work, daemon=True, name="compile").start()
 

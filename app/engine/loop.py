@@ -1,14 +1,21 @@
-"""The engine's loop: what is running, what is waiting, and one turn after another of plan and work."""
+"""The engine's loop: what is running, what is waiting, and in lanes, threads of the device, one call after another.
 
+A lane that ends a call takes in what has arrived, plans, and makes the next call itself: no thread waits for another to
+tell it what to do. The board is changed under one lock; tensors are worked on without it.
+"""
+
+import gc
 import json
 import os
-import queue
 import sys
 import threading
 import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,19 +39,20 @@ from app.engine.scheduler import plan
 from models.pipeline import Conditioning, Pipeline, UNetFunction
 from models.registry import Registry
 
-Inbox = queue.SimpleQueue[ToEngine | Callable[[], None]]
-CHUNKS_BEHIND = 2  # of finished rows, waiting for the decoder
+CHUNKS_BEHIND = 2  # a GPU's steps wait where more finished rows than so many decodes take wait for the decoder
+STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
 MANY = 1 << 30
-STEP, DECODE = 0, 1
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
-    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on."""
+    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on.
+    busy: a lane has it, and nothing else may be done with it until the call lands."""
 
     job: Job
     arrived: float
     step: int = 0
+    busy: bool = False
     latents: Tensor | None = None
     conditioning: Conditioning | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -61,63 +69,80 @@ class Running:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
-class Loop:
-    """Owns the device. Other threads post to the inbox; on a GPU one of them decodes.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call on the device, by one lane: a stage of some rows. land: takes its result, under the lock."""
 
-    send: puts a message on the wire; may be called from any thread.
+    stage: str
+    rows: list[Running]
+    work: Callable[[list[Running]], Any]
+    land: Callable[[list[Running], Any, float, float], None]
+    start: float = field(default_factory=time.monotonic)
+
+
+class Loop:
+    """Owns the device.
+
+    send: puts a message on the wire; may be called from any thread. lanes: calls at a time, each on torch's number of
+    threads. On a GPU one lane steps while another decodes; on a CPU every lane does whatever is next, for two calls of
+    one thread each waste less than one call of two (docs/decisions.md).
     """
 
     def __init__(
-        self, pipeline: Pipeline, registry: Registry, costs: Costs, send: Callable[[FromEngine], None]
+        self, pipeline: Pipeline, registry: Registry, costs: Costs, send: Callable[[FromEngine], None], lanes: int = 2
     ) -> None:
-        self.pipeline, self.registry, self.costs, self.send = pipeline, registry, costs, send
-        self.inbox: Inbox = queue.SimpleQueue()
+        self.pipeline, self.registry, self.costs, self.send, self.lanes = pipeline, registry, costs, send, lanes
         self.board: dict[int, Running] = {}
         self.compiled = False
+        self._inbox: deque[ToEngine | Callable[[], None]] = deque()
         self._loading: set[str] = set()
-        self._caps = [MANY, MANY]  # rows that fit into memory, learned: of a step, of a decode
-        # Bounded: where decodes are what is slow, the steps wait for them, not the finished rows for ever.
-        self._finishing: queue.Queue[list[Running]] = queue.Queue(maxsize=CHUNKS_BEHIND)
-        self._decoding: dict[int, Running] = {}
-        # On a GPU a second thread decodes beside the next steps. On a CPU both would want the same cores, and compiled
-        # code holds the interpreter's lock: measured, 33 images/s instead of 70 (docs/decisions.md).
-        self._decodes_beside = pipeline.device != "cpu"
-        if self._decodes_beside:
-            threading.Thread(target=self._decode_forever, daemon=True, name="decode").start()
+        self._flying: list[Call] = []
+        self._retries: list[Call] = []
+        self._when_idle: list[Callable[[], None]] = []
+        self._lock = threading.Condition()
+        self._caps = {"denoise": MANY, "decode": MANY}  # rows of a call that fit into memory, as learned
+        self._threads = torch.get_num_threads()  # of a lane; torch counts them per thread
+
+    def post(self, message: ToEngine | Callable[[], None]) -> None:
+        """Give the loop a message, or a change to make under its lock. From any thread."""
+        with self._lock:
+            self._inbox.append(message)
+            self._lock.notify()
 
     def run(self) -> None:
-        """Serve until the process ends."""
-        while True:
-            self.accept(block=not self.has_work())
-            self.turn()
+        """Serve until the process ends. This thread becomes a lane, too."""
+        gc.collect()
+        gc.freeze()  # a collection need not walk through torch and the model: that stops every lane for 0.1 s and more
+        for number in range(1, self.lanes):
+            threading.Thread(target=self.serve, daemon=True, name=f"lane {number}").start()
+        self.serve()
 
-    def has_work(self) -> bool:
-        """Whether a turn now would do anything."""
-        return any(self.registry.is_resident(running.job.variant) for running in self.board.values())
-
-    def accept(self, block: bool) -> None:
-        """Take in what has arrived. Sleeps only when there is nothing to do."""
+    def serve(self) -> None:
+        """Be a lane."""
+        torch.set_num_threads(self._threads)
+        self.pipeline.use_stream()
         try:
-            message = self.inbox.get(block=block, timeout=0.1 if self.board else None)
-            while True:
-                self._take(message)
-                message = self.inbox.get_nowait()
-        except queue.Empty:
-            return
+            with self._lock:
+                while True:
+                    call = self._next_call()
+                    if call is None:
+                        self._lock.wait(0.1 if self.board else None)  # the deadlines of what cannot start yet
+                        continue
+                    if self._inbox or any(not row.busy for row in self.board.values()):
+                        self._lock.notify()  # there may be something for another lane, too
+                    self._lock.release()
+                    try:
+                        result, seconds = _make(call)
+                    finally:
+                        self._lock.acquire()
+                    self._land(call, result, seconds)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)  # never alive and mute: the other process starts a new engine
 
-    def turn(self) -> None:
-        """One plan, and the work it asks for."""
-        now = time.monotonic()
-        ready = [running.row for running in self.board.values() if self.registry.is_resident(running.job.variant)]
-        todo = plan(ready, self.costs, now)
-        for row in todo.refuse:
-            self._fail(row.id, "expired")
-        if todo.decode:
-            self._finish([self.board.pop(row.id) for row in todo.decode])
-        if todo.step:
-            self._encode([running for running in self.board.values() if running.conditioning is None])
-            self._step([self.board[row.id] for row in todo.step if row.id in self.board])
-        self._tend_loading(now)
+    def when_idle(self, change: Callable[[], None]) -> None:
+        """Make a change that no call may overlap. Under the lock: post it."""
+        self._when_idle.append(change)
 
     def report(self) -> Report:
         """The answer to a Ping."""
@@ -134,7 +159,7 @@ class Loop:
 
     def replace_costs(self, costs: Costs) -> None:
         """Plan by a new table from now on, without what was learned not to fit, and tell the other side."""
-        self.costs = costs.capped(*self._caps)
+        self.costs = costs.capped(self._caps["denoise"], self._caps["decode"])
         self.send(Measured(self.costs))
 
     def _take(self, message: ToEngine | Callable[[], None]) -> None:
@@ -145,37 +170,92 @@ class Loop:
             case Cancel(ids):
                 for id in ids:
                     self.board.pop(id, None)
-                    self._decoding.pop(id, None)
             case Ping():
-                self.send(self.report())
+                if all(time.monotonic() - call.start < STUCK_S for call in self._flying):
+                    self.send(self.report())
             case _:
                 message()
 
-    def _step(self, rows: list[Running]) -> None:
-        rows = [row for row in rows if row.conditioning is not None]  # a row whose prompt failed has left the board
-        if not rows:
-            return
+    def _next_call(self) -> Call | None:
+        """What this lane does next, or None."""
+        while self._inbox:
+            self._take(self._inbox.popleft())
+        if self._when_idle:
+            if self._flying:
+                return None  # let what flies land first
+            self._when_idle.pop(0)()
+        now = time.monotonic()
+        self._tend_loading(now)
+        if self._retries and self._room(self._retries[-1].stage) > 0:
+            return self._start(self._retries.pop())
+        idle = [row for row in self.board.values() if not row.busy and self.registry.is_resident(row.job.variant)]
+        new = [row for row in idle if row.conditioning is None]
+        if new and self._room("encode") > 0:  # all together: a call costs more than a prompt
+            return self._start(Call("encode", new, self._encode, self._encoded))
+        room = 0 if self._decoder_is_behind(idle) else self._room("denoise")
+        todo = plan([row.row for row in idle if row.conditioning is not None], self.costs, now, room)
+        for late in todo.refuse:
+            self._fail(late.id, "expired")
+        if todo.decode and self._room("decode") > 0:
+            rows = [self.board[row.id] for row in todo.decode[: self.costs.best_decode_batch]]
+            return self._start(Call("decode", rows, self._decode, self._decoded))
+        if todo.step:
+            return self._start_step([self.board[row.id] for row in todo.step])
+        return None
+
+    def _room(self, stage: str) -> int:
+        """How many more calls of a stage may start now."""
+        flying = Counter(call.stage for call in self._flying)
+        if self.pipeline.device != "cpu":  # each of the two streams takes one call at a time
+            return 1 - (flying["decode"] if stage == "decode" else flying["encode"] + flying["denoise"])
+        free = self.lanes - len(self._flying)
+        if stage == "encode" or (stage == "denoise" and not self.compiled):
+            return min(free, 1 - flying[stage])  # one prompt cache; one module, with one variant's weights in it
+        return free
+
+    def _decoder_is_behind(self, idle: list[Running]) -> bool:
+        """Whether the steps of a GPU, which go first there, must wait so that finished rows need not for ever."""
+        finished = sum(row.step == row.job.steps for row in idle)
+        return self.pipeline.device != "cpu" and finished > CHUNKS_BEHIND * self.costs.best_decode_batch
+
+    def _start(self, call: Call) -> Call:
+        for row in call.rows:
+            row.busy = True
+        self._flying.append(call)
+        return call
+
+    def _land(self, call: Call, result: Any, seconds: float) -> None:
+        self._flying.remove(call)
+        for row in call.rows:
+            row.busy = False
+        if isinstance(result, Exception) and is_out_of_memory(result):
+            self._shrink(call, result)
+        elif isinstance(result, Exception):
+            self._isolate(call, result)
+        else:
+            call.land(call.rows, result, call.start, seconds)
+            job = call.rows[0].job
+            ids = [row.job.id for row in call.rows]
+            self.send(Worked(call.stage, job.variant, ids, seconds, job.height * job.width))
+
+    def _is_here(self, row: Running) -> bool:
+        """Whether the client of a row still waits for it."""
+        return self.board.get(row.job.id) is row
+
+    def _encode(self, rows: list[Running]) -> list[Conditioning]:
+        return self.pipeline.encode([row.job.prompt for row in rows])
+
+    def _encoded(self, rows: list[Running], found: list[Conditioning], start: float, seconds: float) -> None:
+        for running, conditioning in zip(rows, found, strict=True):
+            running.conditioning = conditioning
+            running.spent("encode", seconds)
+
+    def _start_step(self, rows: list[Running]) -> Call | None:
         try:
             unet = self.registry.use(rows[0].job.variant)
         except KeyError:
-            return  # evicted since the plan was made: the rows stay, and it is loaded again
-        start = time.monotonic()
-        try:
-            stepped = self._denoise(unet, rows)
-        except Exception as error:
-            if is_out_of_memory(error) and len(rows) > 1:
-                self._learn(STEP, len(rows) // 2)  # nothing is lost: the rows stay on the board
-            else:
-                self._isolate(rows, error, self._step)
-            return
-        seconds = time.monotonic() - start
-        for running, latents in zip(rows, stepped, strict=True):
-            if running.step == 0:
-                running.spent("queue", start - running.arrived - running.seconds.get("encode", 0.0))
-            running.latents, running.step = latents, running.step + 1
-            running.spent("denoise", seconds)
-            running.batches.append(len(rows))
-        self._worked("denoise", rows, seconds)
+            return None  # evicted since the plan was made: the rows stay, and it is loaded again
+        return self._start(Call("denoise", rows, partial(self._denoise, unet), self._stepped))
 
     def _denoise(self, unet: UNetFunction, rows: list[Running]) -> Tensor:
         schedule = self.registry.schedules[rows[0].job.variant]
@@ -194,94 +274,61 @@ class Loop:
         self.pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
         return stepped
 
-    def _encode(self, new: list[Running]) -> None:
-        """Give rows their conditioning, all that are new together: a call costs more than a prompt."""
-        if not new:
-            return
-        start = time.monotonic()
-        try:
-            encoded = self.pipeline.encode([row.job.prompt for row in new])
-        except Exception as error:
-            self._isolate(new, error, self._encode)
-            return
-        seconds = time.monotonic() - start
-        for running, conditioning in zip(new, encoded, strict=True):
-            running.conditioning = conditioning
-            running.spent("encode", seconds)
-        self._worked("encode", new, seconds)
+    def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
+        for running, latents in zip(rows, stepped, strict=True):
+            if running.step == 0:
+                running.spent("queue", start - running.arrived - running.seconds.get("encode", 0.0))
+            running.latents, running.step = latents, running.step + 1
+            running.spent("denoise", seconds)
+            running.batches.append(len(rows))
 
-    def _finish(self, rows: list[Running]) -> None:
-        self._decoding.update({row.job.id: row for row in rows})
-        chunk = self.costs.best_decode_batch
-        for start in range(0, len(rows), chunk):
-            if self._decodes_beside:
-                self._finishing.put(rows[start : start + chunk])
-            else:
-                self._decode(rows[start : start + chunk])
+    def _decode(self, rows: list[Running]) -> tuple[list[bytes], list[bool]]:
+        pictures, sound = self.pipeline.decode([row.latents for row in rows if row.latents is not None])
+        return [pixels.numpy().tobytes() for pixels in pictures], sound.tolist()
 
-    def _decode_forever(self) -> None:
-        while True:
-            try:
-                self._decode(self._finishing.get())
-            except BaseException:
-                traceback.print_exc()
-                os._exit(70)  # never alive and mute: the other process starts a new engine
-
-    def _decode(self, rows: list[Running]) -> None:
-        rows = [row for row in rows if row.job.id in self._decoding]  # the others were cancelled while they waited
-        if not rows:
-            return
-        start = time.monotonic()
-        try:
-            pictures, sound = self.pipeline.decode([row.latents for row in rows if row.latents is not None])
-        except Exception as error:
-            if is_out_of_memory(error) and len(rows) > 1:
-                self._learn(DECODE, len(rows) // 2)
-            self._isolate(rows, error, self._decode)
-            return
-        seconds = time.monotonic() - start
-        for running, pixels, is_sound in zip(rows, pictures, sound.tolist(), strict=True):
+    def _decoded(
+        self, rows: list[Running], drawn: tuple[list[bytes], list[bool]], start: float, seconds: float
+    ) -> None:
+        for running, pixels, is_sound in zip(rows, *drawn, strict=True):
             running.spent("decode", seconds)
-            self._send_picture(running, pixels, is_sound)
-        self._worked("decode", rows, seconds)
+            if self._is_here(running):
+                self._send_picture(running, pixels, is_sound)
 
-    def _send_picture(self, running: Running, pixels: Tensor, sound: bool) -> None:
+    def _send_picture(self, running: Running, pixels: bytes, is_sound: bool) -> None:
         job = running.job
-        self._decoding.pop(job.id, None)
-        if not sound:
-            self.send(Failed(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture"))
+        if not is_sound:
+            self._fail(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture")
             return
+        del self.board[job.id]
         truncated = running.conditioning is not None and running.conditioning.truncated
-        data = pixels.numpy().tobytes()
-        self.send(Done(job.id, job.height, job.width, data, running.seconds, running.batches, truncated))
+        self.send(Done(job.id, job.height, job.width, pixels, running.seconds, running.batches, truncated))
 
-    def _isolate(self, rows: list[Running], error: Exception, retry: Callable[[list[Running]], object]) -> None:
+    def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""
-        out_of_memory = is_out_of_memory(error)
-        if out_of_memory:
-            torch.cuda.empty_cache()
-        else:
-            end_if_the_device_is_lost(error)
+        rows = [row for row in call.rows if self._is_here(row)]
         if len(rows) == 1:
-            self._fail(rows[0].job.id, "out_of_memory" if out_of_memory else "failed", type(error).__name__)
+            self._fail(rows[0].job.id, "failed", type(error).__name__)
             return
-        retry(rows[: len(rows) // 2])
-        retry(rows[len(rows) // 2 :])
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            if half:
+                self._retries.append(Call(call.stage, half, call.work, call.land))
+                for row in half:
+                    row.busy = True
 
-    def _learn(self, what: int, rows: int) -> None:
-        """Memory did not suffice for more than `rows` at once: never try it again."""
+    def _shrink(self, call: Call, error: Exception) -> None:
+        """Out of memory: nothing is lost, the rows stay on the board and the batch is smaller from now on."""
         torch.cuda.empty_cache()
-        self._caps[what] = min(self._caps[what], rows)
-        self.replace_costs(self.costs)
+        if len(call.rows) == 1:
+            self._fail(call.rows[0].job.id, "out_of_memory")
+        elif call.stage in self._caps:
+            self._caps[call.stage] = min(self._caps[call.stage], len(call.rows) // 2)
+            self.replace_costs(self.costs)
+        else:
+            self._isolate(call, error)
 
     def _fail(self, id: int, code: str, detail: str = "") -> None:
-        self.board.pop(id, None)
-        self._decoding.pop(id, None)
-        self.send(Failed(id, code, detail))
-
-    def _worked(self, stage: str, rows: list[Running], seconds: float) -> None:
-        job = rows[0].job
-        self.send(Worked(stage, job.variant, [row.job.id for row in rows], seconds, job.height * job.width))
+        if self.board.pop(id, None) is not None:
+            self.send(Failed(id, code, detail))
 
     def _tend_loading(self, now: float) -> None:
         """Start to load what is asked for and not there; rows that cannot wait any longer are told so."""
@@ -300,21 +347,33 @@ class Loop:
             self.registry.load(name)
         except Exception as error:
             reason = str(error)
-            self.inbox.put(lambda: self._fail_variant(name, reason))
-        self.inbox.put(lambda: self._loading.discard(name))
+            self.post(lambda: self._fail_variant(name, reason))
+        self.post(lambda: self._loading.discard(name))
 
     def _fail_variant(self, name: str, reason: str) -> None:
         for running in [running for running in self.board.values() if running.job.variant == name]:
             self._fail(running.job.id, "variant_unavailable", reason)
 
 
+def _make(call: Call) -> tuple[Any, float]:
+    """In a lane: the result of a call, or its error, and the seconds it took."""
+    start = time.monotonic()
+    try:
+        result = call.work(call.rows)
+    except Exception as error:
+        end_if_the_device_is_lost(error)
+        result = error
+    return result, time.monotonic() - start
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device's memory did not suffice; cuBLAS and cuDNN say so in their own words."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Whether the device's memory did not suffice; CUDA and its libraries say so in their own words."""
+    words = ("ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def end_if_the_device_is_lost(error: Exception) -> None:
     """A CUDA error other than out-of-memory poisons its context for good: only a new process cures it."""
-    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+    if not is_out_of_memory(error) and (isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)):
         print(json.dumps({"event": "the device is lost; the engine ends", "error": str(error)}), file=sys.stderr)
         os._exit(70)  # EX_SOFTWARE; from any thread

@@ -12,7 +12,7 @@ from models.registry import Registry
 REPEATS = 3  # after one call that is not counted; the fastest is kept, since a shared machine only ever adds time
 
 
-def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, max_batch: int) -> Costs:
+def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, max_batch: int, lanes: int) -> Costs:
     """Time the resident `variant` on square pictures of `pixels` a side, at batch sizes 1, 2, 4, ... max_batch, or as
     far as memory goes. Raises torch.OutOfMemoryError if it is not enough for one picture."""
     unet, schedule = registry.use(variant), registry.schedules[variant]
@@ -34,7 +34,7 @@ def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, m
             torch.cuda.empty_cache()
     prompts = iter(range(1000))
     encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {next(prompts)}"]))
-    return Costs(step, decode, encode, pixels * pixels)
+    return Costs(step, decode, encode, pixels * pixels, lanes)
 
 
 def _seconds(pipeline: Pipeline, call: Callable[[], object]) -> float:

@@ -22,6 +22,7 @@ from app.engine.loop import Loop
 from app.engine.messages import Fatal, FromEngine, Ready, frame, receive
 from app.engine.warmup import measure
 from models import compiled
+from models.aoti import Broken
 from models.catalog import CATALOG, Family
 from models.fp8 import NoFp8, quantizer
 from models.pipeline import Pipeline
@@ -29,6 +30,7 @@ from models.registry import OverBudget, Registry, Tier
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 DEFAULT_VARIANT = "4step-unet"
+LANES = 2  # calls at a time. CPU: of half the threads each. GPU: one steps, one decodes
 MAX_BATCH = {"cpu": 16, "cuda": 8}  # rows; the cost table may choose fewer. SDXL at 1024 px is flat after 8 on an H100.
 
 
@@ -37,7 +39,7 @@ class NoDevice(Exception):
 
 
 class Wire:
-    """The engine's end of the socket: a thread that reads into the loop's inbox, and one that writes."""
+    """The engine's end of the socket: a thread that reads for the loop, and one that writes."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -49,7 +51,7 @@ class Wire:
         self._outbox.put(message)
 
     def feed(self, loop: Loop) -> None:
-        """Read what arrives into the loop's inbox, in a thread of its own."""
+        """Give the loop what arrives, in a thread of its own."""
         threading.Thread(target=self._read, args=(loop,), daemon=True, name="read").start()
 
     def last_word(self, message: FromEngine) -> None:
@@ -66,7 +68,7 @@ class Wire:
     def _read(self, loop: Loop) -> None:
         while True:
             try:
-                loop.inbox.put(receive(self._sock))
+                loop.post(receive(self._sock))
             except (EOFError, OSError):
                 os._exit(0)
 
@@ -94,9 +96,11 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise NoDevice("DEVICE=cuda, but torch finds no CUDA device here: leave DEVICE out, or install CUDA's torch")
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    threads = config.threads or len(os.sched_getaffinity(0))
+    lanes = min(LANES, threads) if device == "cpu" else LANES
+    torch.set_num_threads(max(1, threads // lanes))  # each lane's
     if device == "cuda":
-        cuda.take(Path(config.cache))
+        cuda.set_up(Path(config.cache))
     dtype, family = choose_dtype(config, device), choose_family(config, device)
     store = WeightStore(family, Path(config.directory) if config.directory else None)
     pipeline = Pipeline(store, device, dtype)
@@ -114,8 +118,9 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
         cuda.prepare(pipeline, registry)
     recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and _compiles(family, device) else None
     if recipe is not None and recipe.is_built():
-        _use_compiled(pipeline, registry, recipe)
-    loop = Loop(pipeline, registry, _measured(config, pipeline, registry, preload[0]), wire.send)
+        _use_compiled(pipeline, registry, recipe, lanes)
+    costs = _measured(config, pipeline, registry, preload[0], lanes)
+    loop = Loop(pipeline, registry, costs, wire.send, lanes)
     loop.compiled = registry.bind is not None
     return loop, recipe
 
@@ -133,22 +138,23 @@ def _compiles(family: Family, device: str) -> bool:
     return device == "cpu" and family.name == "embedded"
 
 
-def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, variant: str) -> Costs:
+def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, variant: str, lanes: int) -> Costs:
     max_batch = config.max_batch or MAX_BATCH[pipeline.device]
-    return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch)
+    at_a_time = lanes if pipeline.device == "cpu" else 1  # on a GPU the lanes do different things
+    return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch, at_a_time)
 
 
 def _measured_anew(config: EngineConfig, loop: Loop) -> Costs:
     variant = next(row.name for row in loop.registry.status() if row.state == "resident")
-    return _measured(config, loop.pipeline, loop.registry, variant)
+    return _measured(config, loop.pipeline, loop.registry, variant, loop.lanes)
 
 
-def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recipe) -> None:
-    """Change over to compiled code. A package that cannot be loaded is deleted; it will be built again."""
+def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recipe, lanes: int) -> None:
+    """Change over to compiled code. A library that cannot be loaded is deleted; it will be built again."""
     try:
-        text, bind = compiled.load_text(recipe), compiled.load_unet(recipe)
+        text, bind = compiled.load_text(recipe), compiled.load_unet(recipe, callers=lanes)
         bind(registry.weight_set(DEFAULT_VARIANT))
-    except RuntimeError as error:
+    except Broken as error:
         compiled.forget(recipe)
         print(json.dumps({"event": "compiled code is unusable; deleted", "reason": str(error)[:200]}), file=sys.stderr)
         return
@@ -161,7 +167,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
     building = compiled.start_build(recipe)
 
     def swap_in() -> None:
-        _use_compiled(loop.pipeline, loop.registry, recipe)
+        _use_compiled(loop.pipeline, loop.registry, recipe, loop.lanes)
         loop.compiled = loop.registry.bind is not None
         loop.replace_costs(_measured_anew(config, loop))
         print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
@@ -169,7 +175,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
     def wait() -> None:
         _, errors = building.communicate()
         if building.returncode == 0:
-            loop.inbox.put(swap_in)
+            loop.post(lambda: loop.when_idle(swap_in))
         else:
             last = errors.decode(errors="replace").strip().splitlines()[-1:]
             print(json.dumps({"event": "compilation failed; serving without it", "reason": last}), file=sys.stderr)
@@ -195,8 +201,10 @@ def main() -> None:
     wire.send(Ready(family, loop.pipeline.device, dtype, loop.costs, loop.report()))
     if recipe is not None and not loop.compiled and compiled.can_build():
         compile_later(config, loop, recipe)
-    if config.compile and loop.pipeline.device == "cuda":
-        cuda.compile_later(loop, lambda: _measured_anew(config, loop))
+    if loop.pipeline.device == "cuda":
+        cuda.warmed_up(loop.pipeline)
+        if config.compile:
+            cuda.compile_later(loop, lambda: _measured_anew(config, loop))
     loop.run()
 
 

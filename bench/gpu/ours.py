@@ -23,7 +23,7 @@ class Ours:
     def __init__(self, rig: Rig, cache: Path, in_fp8: bool = False) -> None:
         self.rig, self.on_gpu = rig, rig.device == "cuda"
         if self.on_gpu:
-            cuda.take(cache)
+            cuda.set_up(cache)
         start = time.perf_counter()
         store = WeightStore(rig.family, rig.directory)
         self.pipeline = Pipeline(store, rig.device, rig.dtype)

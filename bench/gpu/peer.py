@@ -42,6 +42,7 @@ class Peer:
     def draw(self, variant: str, prompts: Sequence[str], seeds: Sequence[int], pixels: int) -> Tensor:
         """Pictures (B, H, W, 3) uint8 on the host, from our noise: float32 from a CPU generator, then in its dtype."""
         self.use(variant)
+        torch.backends.cudnn.benchmark = True  # ours has it on only while it records
         side = pixels // 8
         noise = [torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         images = self.pipeline(

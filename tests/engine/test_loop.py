@@ -1,5 +1,6 @@
 """The engine's loop with the real model: faults stay with their row, loads stay out of the way, memory is learned."""
 
+import threading
 import time
 
 import pytest
@@ -47,19 +48,19 @@ def make_loop(pipeline: Pipeline, *resident: str, directory=None) -> tuple[Loop,
     return Loop(pipeline, registry, COSTS, sent.append), sent
 
 
-def serve(loop: Loop, sent: Sent, count: int, seconds: float = 30) -> None:
-    """Turn the loop until `count` jobs have ended."""
+def serve(loop: Loop, sent: Sent, count: int, seconds: float = 60) -> None:
+    """Let two lanes work until `count` jobs have ended."""
+    for _ in range(2):
+        threading.Thread(target=loop.serve, daemon=True).start()
     end = time.monotonic() + seconds
     while len(sent.done()) + len(sent.failed()) < count and time.monotonic() < end:
-        loop.accept(block=not loop.has_work() and bool(loop.board))
-        loop.turn()
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def test_a_row_that_fails_fails_alone(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
     poison = "\ud800"  # no tokenizer takes it; HTTP would have refused it
-    loop.inbox.put(Submit([job(0), job(1), job(2, poison), job(3), job(4)]))
+    loop.post(Submit([job(0), job(1), job(2, poison), job(3), job(4)]))
     serve(loop, sent, 5)
     assert sent.failed() == {2: "failed"}
     assert sent.done() == {0, 1, 3, 4}
@@ -67,17 +68,15 @@ def test_a_row_that_fails_fails_alone(pipeline):
 
 def test_a_cancelled_row_leaves_and_its_neighbours_stay(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
-    loop.inbox.put(Submit([job(0), job(1), job(2)]))
-    loop.accept(block=False)
-    loop.turn()
-    loop.inbox.put(Cancel([1]))
+    loop.post(Submit([job(0), job(1), job(2)]))
+    loop.post(Cancel([1]))
     serve(loop, sent, 2)
     assert (sent.done(), sent.failed(), loop.board) == ({0, 2}, {}, {})
 
 
 def test_a_variant_is_loaded_at_its_first_request_while_others_are_served(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
-    loop.inbox.put(Submit([job(0, variant="4step-lora"), job(1)]))
+    loop.post(Submit([job(0, variant="4step-lora"), job(1)]))
     serve(loop, sent, 2)
     assert sent.done() == {0, 1}
     assert loop.registry.is_resident("4step-lora")
@@ -87,21 +86,21 @@ def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embed
     broken = embedded_copy / FAMILY.variants["8step-unet"].file
     broken.write_bytes(broken.read_bytes()[:5000])
     loop, sent = make_loop(pipeline, "2step-unet", directory=embedded_copy)
-    loop.inbox.put(Submit([job(0, variant="8step-unet"), job(1)]))
+    loop.post(Submit([job(0, variant="8step-unet"), job(1)]))
     serve(loop, sent, 2)
     assert (sent.done(), sent.failed()) == ({1}, {0: "variant_unavailable"})
 
 
 def test_a_row_whose_variant_is_not_there_in_time_is_told_that_it_loads(pipeline):
     loop, sent = make_loop(pipeline)
-    loop.inbox.put(Submit([job(0, deadline=time.monotonic() - 1)]))
+    loop.post(Submit([job(0, deadline=time.monotonic() - 1)]))
     serve(loop, sent, 1)
     assert sent.failed() == {0: "loading"}
 
 
 def test_a_row_past_its_deadline_is_never_drawn(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
-    loop.inbox.put(Submit([job(0, deadline=time.monotonic() - 1), job(1)]))
+    loop.post(Submit([job(0, deadline=time.monotonic() - 1), job(1)]))
     serve(loop, sent, 2)
     assert (sent.done(), sent.failed()) == ({1}, {0: "expired"})
 
@@ -116,7 +115,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipeline):
         return unet(latents, *rest)
 
     loop.registry.use_compiled(lambda weight_set: small_device)
-    loop.inbox.put(Submit([job(id) for id in range(8)]))
+    loop.post(Submit([job(id) for id in range(8)]))
     serve(loop, sent, 8)
     assert (sent.done(), sent.failed()) == (set(range(8)), {})
     learned = [message.costs for message in sent if isinstance(message, Measured)]
@@ -125,11 +124,11 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipeline):
 
 def test_pictures_drawn_around_faults_are_the_ones_drawn_alone(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
-    loop.inbox.put(Submit([job(5)]))
+    loop.post(Submit([job(5)]))
     serve(loop, sent, 1)
     alone = sent[-1] if isinstance(sent[-1], Done) else next(m for m in sent if isinstance(m, Done))
     mixed, mixed_sent = make_loop(pipeline, "2step-unet")
-    mixed.inbox.put(Submit([job(4), job(5), job(6, "\ud800")]))
+    mixed.post(Submit([job(4), job(5), job(6, "\ud800")]))
     serve(mixed, mixed_sent, 3)
     among = next(message for message in mixed_sent if isinstance(message, Done) and message.id == 5)
     difference = torch.frombuffer(bytearray(alone.pixels), dtype=torch.uint8).int()
@@ -139,8 +138,10 @@ def test_pictures_drawn_around_faults_are_the_ones_drawn_alone(pipeline):
 
 def test_a_ping_is_answered_between_two_turns(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
-    loop.inbox.put(Ping())
-    loop.accept(block=False)
+    loop.post(Ping())
+    serve(loop, sent, 0)
+    while not sent:
+        time.sleep(0.005)
     report = next(message for message in sent if isinstance(message, Report))
     resident = {row.name: row.resident_bytes for row in report.variants if row.state == "resident"}
     on_disk = sum(t.nbytes for t in load_file(FAMILY.directory / FAMILY.variants["2step-unet"].file).values())

@@ -1,5 +1,6 @@
 """A device without memory enough: what was too much is halved, nothing is lost, and the lesson stays learned."""
 
+import threading
 import time
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from app.engine.costs import Costs
 from app.engine.jobs import Job
 from app.engine.loop import Loop
-from app.engine.messages import Cancel, Done, Failed, FromEngine, Submit
+from app.engine.messages import Done, Failed, FromEngine, Submit
 from app.engine.warmup import measure
 from app.engine.worker import choose_preload
 from models.catalog import CATALOG
@@ -48,11 +49,12 @@ def too_small_for(rows: int, function, error=torch.OutOfMemoryError):
 def serve(pipeline: Pipeline, registry: Registry, jobs: int = 8) -> tuple[Loop, list[FromEngine]]:
     sent: list[FromEngine] = []
     loop = Loop(pipeline, registry, COSTS, sent.append)
-    loop.inbox.put(Submit([Job(id, f"prompt {id}", "1step-unet", 1, id, 128, 128, LATER) for id in range(jobs)]))
-    end = time.monotonic() + 30
+    loop.post(Submit([Job(id, f"prompt {id}", "1step-unet", 1, id, 128, 128, LATER) for id in range(jobs)]))
+    for _ in range(2):
+        threading.Thread(target=loop.serve, daemon=True).start()
+    end = time.monotonic() + 60
     while len(outcomes(sent)) < jobs and time.monotonic() < end:
-        loop.accept(block=False)
-        loop.turn()
+        time.sleep(0.005)
     return loop, sent
 
 
@@ -96,26 +98,10 @@ def test_one_picture_that_does_not_fit_is_told_so(pipeline, registry):
 
 def test_the_warm_up_measures_as_far_as_memory_goes(pipeline, registry):
     pipeline.decoder = too_small_for(2, pipeline.decoder)
-    assert sorted(measure(pipeline, registry, "1step-unet", 128, 8).step) == [1, 2]
+    assert sorted(measure(pipeline, registry, "1step-unet", 128, 8, 1).step) == [1, 2]
     pipeline.decoder = too_small_for(0, pipeline.decoder)
     with pytest.raises(torch.OutOfMemoryError):
-        measure(pipeline, registry, "1step-unet", 128, 2)
-
-
-def test_a_row_that_is_cancelled_while_it_waits_for_the_decoder_is_not_decoded(pipeline, registry):
-    decoded = []
-    pipeline.decoder = lambda latents: decoded.append(len(latents))
-    sent: list[FromEngine] = []
-    loop = Loop(pipeline, registry, COSTS, sent.append)
-    loop._decodes_beside = True  # as on a GPU; the decoder is the test's
-    loop.inbox.put(Submit([Job(0, "a prompt", "1step-unet", 1, 0, 128, 128, LATER)]))
-    loop.accept(block=False)
-    while loop._finishing.empty():
-        loop.turn()
-    loop.inbox.put(Cancel([0]))
-    loop.accept(block=False)
-    loop._decode(loop._finishing.get())
-    assert (decoded, outcomes(sent)) == ([], {})
+        measure(pipeline, registry, "1step-unet", 128, 2, 1)
 
 
 def test_what_is_loaded_at_start_is_what_is_there(embedded_copy):

@@ -59,8 +59,8 @@ def test_compiled_text_encoders_equal_eager_ones(recipe):
 def test_compiled_code_is_rebuilt_when_what_it_was_made_from_changes(tmp_path: Path, embedded_copy: Path):
     ours = compiled.Recipe(STORE, torch.float32, tmp_path)
     copy = compiled.Recipe(WeightStore(STORE.family, embedded_copy), torch.float32, tmp_path)
-    assert ours.package("text") == copy.package("text")
-    assert ours.package("unet") != compiled.Recipe(STORE, torch.bfloat16, tmp_path).package("unet")
+    assert ours.library("text") == copy.library("text")
+    assert ours.library("unet") != compiled.Recipe(STORE, torch.bfloat16, tmp_path).library("unet")
     path = embedded_copy / "text_encoder" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    assert ours.package("text") != copy.package("text")
+    assert ours.library("text") != copy.library("text")

@@ -126,6 +126,15 @@ def test_a_better_function_takes_the_place_of_a_recorded_one():
     assert len(calls) == 4
 
 
+def test_a_shape_that_is_seldom_asked_for_is_not_recorded():
+    calls = []
+    graphed = Graphed(lambda x: calls.append(len(x)) or x + 1, by_calling)  # type: ignore[func-returns-value]
+    graphed.often = 3
+    assert [graphed(torch.zeros(1, 2)).tolist() for _ in range(4)] == [[[1, 1]]] * 4
+    assert len(graphed._graphs) == 1
+    assert len(calls) == 2 + 2 + 1  # plain, plain; recorded and replayed; replayed
+
+
 def test_what_cannot_be_recorded_is_called():
     def refuse(call):
         raise RuntimeError("operation not permitted when stream is capturing")
