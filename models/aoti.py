@@ -16,7 +16,7 @@ from torch import Tensor
 _TORCH = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 _DTYPES: dict[int, torch.dtype] = {
     getattr(_TORCH, f"aoti_torch_dtype_{name}")(): getattr(torch, name)
-    for name in ("float32", "bfloat16", "float16", "int64")
+    for name in ("float32", "bfloat16", "float16", "int64", "uint8", "bool")
 }
 _NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 _CPU = _TORCH.aoti_torch_device_type_cpu()

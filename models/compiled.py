@@ -1,7 +1,7 @@
 """Ahead-of-time compiled code for the CPU: built once in a process of its own, kept in a cache, loaded in milliseconds.
 
 The UNet is compiled without weights, for any batch size: each weight set is bound to the same code by reference. Text
-encoders never change, so theirs stay inside. The VAE's decoder is not here: compiled it was slower.
+encoders and decoder never change, so theirs stay inside.
 On a GPU, and wherever no C++ compiler is found, everything runs as it is.
 """
 
@@ -33,9 +33,11 @@ from models.aoti import Library
 from models.catalog import CATALOG
 from models.pipeline import Pipeline, UNetFunction
 from models.registry import Registry, Tier, UNet, WeightSet
+from models.vectorised import fold_upsamplers, vectorise
 
 LARGEST_BATCH = 32  # rows; the code is right for any batch up to here (diffusers branches at 64)
-PARTS = ("unet", "text")
+PARTS = ("unet", "text", "decoder")
+MADE_BY = ("compiled", "pipeline", "registry", "vectorised")  # modules of ours whose code ends up in what is compiled
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -52,13 +54,15 @@ class Recipe:
         made_from: list[object] = [
             *(torch.__version__, diffusers.__version__, transformers.__version__, str(self.dtype)),
             *(platform.machine(), _cpu_flags(), torch.get_num_threads()),
-            *(_digest(Path(__file__).with_name(name)) for name in ("compiled.py", "pipeline.py", "registry.py")),
+            *(
+                _digest(Path(__file__).with_name(name))
+                for name in ("compiled.py", "pipeline.py", "registry.py", "vectorised.py")
+            ),
             self.store.family.size.default,
             self.store.config("unet"),
         ]
-        if part == "text":
-            for encoder in ("text_encoder", "text_encoder_2"):
-                made_from += [self.store.config(encoder), _digest(self.store.component_file(encoder))]
+        for component in {"unet": (), "text": ("text_encoder", "text_encoder_2"), "decoder": ("vae",)}[part]:
+            made_from += [self.store.config(component), _digest(self.store.component_file(component))]
         key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
         return self.cache / f"{self.store.family.name}-{part}-{key}.so"
 
@@ -90,7 +94,7 @@ def _behind_the_engine() -> None:
 
 
 def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The compiled text encoders; called as models.pipeline.TextEncoders. Raises models.aoti.Broken."""
+    """The compiled text encoders; called as models.pipeline.TextEncoders, by one thread. Raises models.aoti.Broken."""
     library = Library(recipe.library("text"))
 
     def encode(ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +102,17 @@ def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
         return embeds, pooled
 
     return encode
+
+
+def load_decoder(recipe: Recipe, callers: int = 1) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The compiled decoder; called as models.pipeline.Decoder. callers: threads that will call it at a time."""
+    library = Library(recipe.library("decoder"), callers)
+
+    def decode(latents: Tensor) -> tuple[Tensor, Tensor]:
+        pixels, sound = library(latents)
+        return pixels, sound
+
+    return decode
 
 
 def load_unet(recipe: Recipe, callers: int = 1) -> Callable[[WeightSet], UNetFunction]:
@@ -120,7 +135,7 @@ def forget(recipe: Recipe) -> None:
 
 
 def build(recipe: Recipe) -> None:
-    """Compile what is not in the cache: about 40 s for the embedded UNet and 12 s for its text encoders on 2 cores."""
+    """Compile what is not in the cache: about 80 s for the embedded model on one core."""
     recipe.cache.mkdir(parents=True, exist_ok=True)
     pipeline = Pipeline(recipe.store, "cpu", recipe.dtype)
     if not recipe.library("text").is_file():
@@ -128,11 +143,19 @@ def build(recipe: Recipe) -> None:
         length = pipeline.tokenizers[0].model_max_length
         ids = torch.zeros(2, length, dtype=torch.int64)
         _compile(pipeline.text, (ids, ids.clone()), recipe.library("text"), with_weights=True)
+    if not recipe.library("decoder").is_file():
+        assert isinstance(pipeline.decoder, nn.Module)
+        fold_upsamplers(pipeline.decoder)
+        vectorise(pipeline.decoder)
+        side = recipe.store.family.size.default // pipeline.vae_scale
+        latents = torch.zeros(2, pipeline.latent_channels, side, side)
+        _compile(pipeline.decoder, (latents,), recipe.library("decoder"), with_weights=True)
     if not recipe.library("unet").is_file():
         registry = Registry(recipe.store, "cpu", recipe.dtype, [Tier("cpu", 1 << 62)])
         name = next(iter(recipe.store.variants_here()))
         registry.load(name)
         registry.use(name)
+        vectorise(registry.unet)
         # Written out, softmax(q k) v fuses with its neighbours: 0.85 of the time of torch's own kernel at batch 16.
         registry.unet.unet.set_attn_processor(AttnProcessor())
         example = _unet_example(registry.unet, pipeline, recipe.store.family.size.default)

@@ -152,13 +152,14 @@ def _measured_anew(config: EngineConfig, loop: Loop) -> Costs:
 def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recipe, lanes: int) -> None:
     """Change over to compiled code. A library that cannot be loaded is deleted; it will be built again."""
     try:
-        text, bind = compiled.load_text(recipe), compiled.load_unet(recipe, callers=lanes)
+        text, decoder = compiled.load_text(recipe), compiled.load_decoder(recipe, callers=lanes)
+        bind = compiled.load_unet(recipe, callers=lanes)
         bind(registry.weight_set(DEFAULT_VARIANT))
     except Broken as error:
         compiled.forget(recipe)
         print(json.dumps({"event": "compiled code is unusable; deleted", "reason": str(error)[:200]}), file=sys.stderr)
         return
-    pipeline.text = text
+    pipeline.text, pipeline.decoder = text, decoder
     registry.use_compiled(bind)
 
 
