@@ -139,7 +139,8 @@ def on_gpu(priority: int) -> Recorder:
     stream, pool = torch.cuda.Stream(priority=priority), torch.cuda.graph_pool_handle()
 
     def record(call: Callable[[], Rows]) -> tuple[Callable[[], object], Rows]:
-        torch.cuda.synchronize()  # the inputs were made on another stream
+        with _one_capture:  # to synchronize the device during a capture would be an error
+            torch.cuda.synchronize()  # the inputs were made on another stream
         torch.backends.cudnn.benchmark = True  # only here: elsewhere each new shape would wait for it
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import (
@@ -106,9 +107,8 @@ class Pipeline:
             self._text_encoder(store, "text_encoder_2", CLIPTextModelWithProjection),
         )
         vae_config = store.config("vae")
-        self.vae = Decoder(
-            self._filled(AutoencoderKL.from_config(vae_config), store, "vae"), vae_config["scaling_factor"], dtype
-        )
+        vae = self._filled(lambda: AutoencoderKL.from_config(vae_config), store, "vae")
+        self.vae = Decoder(vae, vae_config["scaling_factor"], dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
         self.steps: dict[UNetFunction, Step] = {}
         self.latent_channels: int = vae_config["latent_channels"]
@@ -122,10 +122,12 @@ class Pipeline:
             torch.cuda.set_stream(self._steps_stream)
 
     def _text_encoder(self, store: weights.WeightStore, part: str, kind: type[PreTrainedModel]) -> nn.Module:
-        return self._filled(kind(CLIPTextConfig.from_dict(store.config(part))), store, part)
+        return self._filled(lambda: kind(CLIPTextConfig.from_dict(store.config(part))), store, part)
 
-    def _filled(self, module: nn.Module, store: weights.WeightStore, part: str) -> nn.Module:
-        state = weights.read(store.component_file(part))
+    def _filled(self, make: Callable[[], nn.Module], store: weights.WeightStore, part: str) -> nn.Module:
+        state = weights.read(store.component_file(part), self.device)
+        with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
+            module = make()
         state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
         if not any(key.startswith("text_model.") for key in module.state_dict()):
             # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
@@ -245,7 +247,7 @@ class Pipeline:
 def fill(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     """Load a state dict into a module, every tensor by name and shape. Raises weights.BadWeights where they differ."""
     check_fit(module, state, name)
-    module.load_state_dict(state, strict=True)
+    module.load_state_dict(state, strict=True, assign=True)
 
 
 def check_fit(module: nn.Module, state: dict[str, Tensor], name: str) -> None:

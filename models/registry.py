@@ -236,7 +236,7 @@ class Registry:
         device = self.tiers[0].device if fits else "cpu"
         state = weights.read(self.store.variant_file(variant.name), device)
         if variant.kind == "lora":
-            with init_empty_weights():
+            with torch.device("meta"):  # of this thread alone; accelerate's way would be of all threads
                 unet = UNet2DConditionModel.from_config(self.config)
             base = weights.read(self.store.component_file("unet"), device)
             check_fit(unet, base, "unet")

@@ -203,7 +203,7 @@ def main() -> None:
     if recipe is not None and not loop.compiled and compiled.can_build():
         compile_later(config, loop, recipe)
     if loop.pipeline.device == "cuda":
-        cuda.warmed_up(loop.pipeline)
+        cuda.record_from(loop.pipeline, cuda.SEEN_OFTEN)
         if config.compile:
             cuda.compile_later(loop, lambda: _measured_anew(config, loop))
     loop.run()
