@@ -30,7 +30,7 @@ def show(results: dict[str, Any], path: Path) -> None:
         for pixels, table in stages.get(title, {}).items():
             if isinstance(table, dict):
                 lines += ["", f"## {title.replace('_', ', ')}, {pixels} px", "", *_by_stage(table)]
-    for name in ("diffusers_compiled", "skipped"):
+    for name in ("decode_folded_ms", "diffusers_compiled", "skipped"):
         if stages.get(name):
             lines += ["", f"{name.replace('_', ', ')}: {stages[name]}"]
     server = {key: row for key, row in results.get("server", {}).items() if isinstance(row, dict) and "p50_ms" in row}
