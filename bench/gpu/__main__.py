@@ -2,6 +2,7 @@
 nine minutes on a bare machine; each merges its figures into one file."""
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -76,6 +77,7 @@ def main() -> None:
             results.update(headline(results))
             out.write_text(json.dumps(results, indent=1) + "\n")
 
+        _release()
         keep(run(part, rig, options, scratch, lambda: end - time.monotonic(), keep))  # noqa: B023
     show(results, out.with_suffix(".md"))
     print(f"written to {out} and {out.with_suffix('.md')}")
@@ -111,6 +113,12 @@ def run(
     from bench.gpu.stages import stages
 
     return stages(ours, peer, sizes, left, keep, options.mode)
+
+
+def _release() -> None:
+    """Give back the GPU memory that nothing uses any more: the next part, or the server, is to find the card empty."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _result_file(out: Path | None) -> Path:
