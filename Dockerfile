@@ -8,7 +8,7 @@ FROM ${BASE_IMAGE} AS python
 ARG EXTRA_PACKAGES=""
 # hadolint ignore=DL3008,SC2086
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates python3 ${EXTRA_PACKAGES} \
+    && apt-get install --yes --no-install-recommends ca-certificates libtcmalloc-minimal4 python3 ${EXTRA_PACKAGES} \
     && rm -rf /var/lib/apt/lists/*
 
 
@@ -53,8 +53,8 @@ RUN --mount=type=bind,from=pip,source=/opt/pip,target=/opt/pip \
     /opt/pip/bin/pip install -r /opt/server.txt -c /opt/requirements.lock
 
 
-# The CPU's ahead-of-time code (models/compiled.py), for the CPU and the number of threads of this build. Made here, so
-# that the image needs no compiler and its code lies where the server cannot write. Elsewhere: served uncompiled.
+# The CPU's ahead-of-time code (models/compiled.py), for the CPU and half the threads of this build, since the engine
+# makes two calls at a time (LANES in app/engine/worker.py). Made here, so that the image needs no compiler and its code lies where the server cannot write. Elsewhere: served uncompiled.
 FROM dependencies AS compiled-cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -65,7 +65,8 @@ COPY models models
 ARG THREADS
 RUN dtype=$(/opt/venv/bin/python -c 'import torch; \
         print("bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32")') \
-    && OMP_NUM_THREADS=${THREADS:-$(nproc)} /opt/venv/bin/python -m models.compiled embedded /compiled "${dtype}"
+    && threads=${THREADS:-$(nproc)} \
+    && OMP_NUM_THREADS=$((threads > 1 ? threads / 2 : 1)) /opt/venv/bin/python -m models.compiled embedded /compiled "${dtype}"
 
 FROM python AS compiled-cuda
 RUN mkdir /compiled

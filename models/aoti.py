@@ -65,7 +65,10 @@ class Library:
             self._call("AOTInductorModelContainerGetConstantName", self._container, c_size_t(index), byref(name))
             internal = name.value
             self._call("AOTInductorModelContainerGetConstantOriginalFQN", self._container, c_size_t(index), byref(name))
-            tensor = constants[(name.value or b"").decode()]
+            wanted = (name.value or b"").decode()
+            if wanted not in constants:
+                raise Broken(f"no weights for {wanted}")
+            tensor = constants[wanted]
             self._weights.append(tensor)
             pairs[index] = _Constant(internal, _borrowed(tensor))
         update = "AOTInductorModelContainerUpdateUserManagedConstantBufferPairs"

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package
 
 from models import weights
-from models.aoti import Library
+from models.aoti import Broken, Library
 from models.catalog import CATALOG
 from models.pipeline import Pipeline, UNetFunction
 from models.registry import Registry, Tier, UNet, WeightSet
 from models.vectorised import fold_upsamplers, vectorise
 
 LARGEST_BATCH = 32  # rows; the code is right for any batch up to here (diffusers branches at 64)
+DIGEST_BYTES = 32  # SHA-256, at the end of each file
 PARTS = ("unet", "text", "decoder")
 MADE_BY = ("compiled", "pipeline", "registry", "vectorised")  # modules of ours whose code ends up in what is compiled
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -95,7 +96,7 @@ def _behind_the_engine() -> None:
 
 def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The compiled text encoders; called as models.pipeline.TextEncoders, by one thread. Raises models.aoti.Broken."""
-    library = Library(recipe.library("text"))
+    library = Library(_sound(recipe.library("text")))
 
     def encode(ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
         embeds, pooled = library(ids, ids_2)
@@ -106,7 +107,7 @@ def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
 
 def load_decoder(recipe: Recipe, callers: int = 1) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The compiled decoder; called as models.pipeline.Decoder. callers: threads that will call it at a time."""
-    library = Library(recipe.library("decoder"), callers)
+    library = Library(_sound(recipe.library("decoder")), callers)
 
     def decode(latents: Tensor) -> tuple[Tensor, Tensor]:
         pixels, sound = library(latents)
@@ -118,13 +119,21 @@ def load_decoder(recipe: Recipe, callers: int = 1) -> Callable[[Tensor], tuple[T
 def load_unet(recipe: Recipe, callers: int = 1) -> Callable[[WeightSet], UNetFunction]:
     """A function that binds the compiled UNet to a weight set, which is used where it lies, not copied.
     callers: threads that will call it at a time. Raises models.aoti.Broken, and so does what it returns."""
-    path = recipe.library("unet")
+    path = _sound(recipe.library("unet"))
 
     def bind(weight_set: WeightSet) -> UNetFunction:
         library = Library(path, callers, {f"unet.{key}": tensor for key, tensor in weight_set.items()})
         return lambda *inputs: library(*inputs)[0]
 
     return bind
+
+
+def _sound(path: Path) -> Path:
+    """The path of a library that is as it was written: a damaged one would take the process with it, not raise."""
+    written = path.read_bytes()
+    if hashlib.sha256(written[:-DIGEST_BYTES]).digest() != written[-DIGEST_BYTES:]:
+        raise Broken(f"{path.name} is damaged")
+    return path
 
 
 def forget(recipe: Recipe) -> None:
@@ -184,7 +193,8 @@ def _compile(module: nn.Module, example: tuple[Tensor, ...], path: Path, with_we
         aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
     with zipfile.ZipFile(package) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".so"))
-        unfinished.write_bytes(archive.read(name))
+        code = archive.read(name)
+    unfinished.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads past it
     package.unlink()
     unfinished.replace(path)
 

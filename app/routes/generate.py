@@ -43,11 +43,11 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 PICTURE = {"content": {media: {} for media in images.MEDIA_TYPES.values()}, "description": "the pictures, or one bare"}
 
 
-def _engine(request: Request) -> EngineClient:
+async def _engine(request: Request) -> EngineClient:
     return request.app.state.engine
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return request.app.state.settings
 
 

@@ -1,11 +1,14 @@
 """Code compiled ahead of time draws what the modules draw, for any batch and every weight set bound to it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from models import compiled
+from models.aoti import Broken
 from models.catalog import CATALOG
 from models.pipeline import Pipeline
 from models.registry import Registry, Tier
@@ -54,6 +57,47 @@ def test_compiled_text_encoders_equal_eager_ones(recipe):
     for ours, theirs in zip(fast.encode(PROMPTS), eager.encode(PROMPTS), strict=True):
         torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.pooled, theirs.pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_the_compiled_decoder_draws_what_the_eager_one_draws(recipe):
+    eager, fast = Pipeline(STORE, "cpu", torch.float32), Pipeline(STORE, "cpu", torch.float32)
+    fast.decoder = compiled.load_decoder(recipe)
+    for batch in (1, 5):
+        latents = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(batch))
+        latents[0] = torch.nan
+        (ours, sound), (theirs, _) = fast.decode(list(latents)), eager.decode(list(latents))
+        assert sound.tolist() == [False] + [True] * (batch - 1)
+        assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
+def test_two_threads_compute_at_the_same_time_and_each_gets_its_own_result(recipe):
+    """torch's own loader would hold the interpreter's lock (pytorch issue 197516)."""
+    decode = compiled.load_decoder(recipe, callers=2)
+    latents = [torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    alone = [decode(each)[0] for each in latents]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda each: decode(each)[0], latents))
+    assert all(torch.equal(one, two) for one, two in zip(alone, together, strict=True))
+
+    ticks, going = 0, threading.Thread(target=lambda: [decode(each) for each in latents])
+    going.start()
+    while going.is_alive():
+        ticks += 1  # where the lock is held, one tick a call
+    assert ticks > 100 * len(latents)
+
+
+def test_weights_and_files_that_do_not_fit_are_refused(recipe, tmp_path: Path):
+    registry = Registry(STORE, "cpu", torch.float32, [Tier("cpu", 1 << 40)])
+    registry.load("4step-unet")
+    weight_set = dict(registry.weight_set("4step-unet"))
+    del weight_set["conv_in.weight"]
+    with pytest.raises(Broken, match=r"conv_in\.weight"):
+        compiled.load_unet(recipe)(weight_set)
+    elsewhere = compiled.Recipe(STORE, torch.float32, tmp_path)
+    for cut in (5000, -100):
+        elsewhere.library("text").write_bytes(recipe.library("text").read_bytes()[:cut])
+        with pytest.raises(Broken, match="damaged"):
+            compiled.load_text(elsewhere)
 
 
 def test_compiled_code_is_rebuilt_when_what_it_was_made_from_changes(tmp_path: Path, embedded_copy: Path):
