@@ -20,6 +20,7 @@ BUCKETS = (1, 2, 4, 8)  # rows
 FULL = 0.75  # above this share a bucket is padded; else the rows are split: 7 run as 8, but 6 as 4 + 2 and 3 as 2 + 1
 GRAPHS_KEPT = 16  # of one function: four sizes of pictures. The least recently used goes.
 COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graphs are ours
+TRIALS = 4  # of its ways to compute a convolution that cuDNN times, the most promising first; 10 by default
 WARM_UPS = 2  # calls before a recording, in which libraries choose their algorithms and torch.compile compiles
 
 Rows = tuple[Tensor, ...]  # tensors (B, ...) of one B
@@ -142,6 +143,7 @@ def on_gpu(priority: int) -> Recorder:
         with _one_capture:  # to synchronize the device during a capture would be an error
             torch.cuda.synchronize()  # the inputs were made on another stream
         torch.backends.cudnn.benchmark = True  # only here: elsewhere each new shape would wait for it
+        torch.backends.cudnn.benchmark_limit = TRIALS
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 call()

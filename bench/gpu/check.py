@@ -12,6 +12,7 @@ from bench.fidelity import psnr
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
 from bench.work import prompts
+from models.graphs import Graphed
 
 GATE = 40.0  # dB, of every picture
 FP8_GATE = 30.0  # dB from our own float16, of every picture; below it FP8=1 is not to be used
@@ -49,12 +50,14 @@ def check(ours: Ours, peer: Peer, pixels: int) -> dict[str, Any]:
     found["psnr_db_vs_diffusers_alone"] = [round(value, 1) for value in alone]
     found["psnr_db_vs_diffusers_mixed"] = [round(value, 1) for value in mixed]
     found["a_step_waits_for_nothing"] = _waits_for_nothing(ours, asked, seeds, pixels) if ours.on_gpu else None
+    found["recorded"] = _recorded(ours) if ours.on_gpu else None
     found |= _fp8(ours, asked[:4], seeds[:4], pixels)
     found["passed"] = bool(
         found["psnr_db_vs_diffusers"] >= GATE
         and found["pixel_std"] >= FLAT
         and max(found["psnr_db_between_prompts"], found["psnr_db_between_seeds"]) < SAME
         and found["a_step_waits_for_nothing"] is not False
+        and found["recorded"] is not False
     )
     return found
 
@@ -85,6 +88,13 @@ def _joining(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixel
             pictures.update(zip([place for place, _ in done], decoded, strict=True))
         running = [each for each in running if each[1] < steps]
     return [pictures[place] for place in range(len(asked))]
+
+
+def _recorded(ours: Ours) -> bool:
+    """Whether all that ran through CUDA graphs: what CUDA refuses to record is called, with a warning."""
+    functions = (ours.pipeline.text, ours.pipeline.decoder, ours.steps)
+    replays = [graph.replay for each in functions if isinstance(each, Graphed) for graph in each._graphs.values()]
+    return all(isinstance(getattr(replay, "__self__", None), torch.cuda.CUDAGraph) for replay in replays)
 
 
 def _fp8(ours: Ours, asked: list[str], seeds: list[int], pixels: int) -> dict[str, Any]:
