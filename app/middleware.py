@@ -1,5 +1,6 @@
-"""What every request passes on its way in and out: its id, the limit on its body, the ledger and the log line."""
+"""What every request passes on its way in and out: its id, the limits on its body, the ledger and the log line."""
 
+import asyncio
 import logging
 import re
 import time
@@ -14,8 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.metrics import Metrics
 from app.problems import unexpected
+from app.protocol import RECEIVE_S
 
 BODY_LIMIT = 64 << 10  # bytes; a prompt of 2,000 characters takes 12 KB at most, fully escaped 24 KB
+JSON = re.compile(r"application/(json|[^\s;/]+\+json)\s*(;|$)", re.IGNORECASE)  # RFC 8259; RFC 6839, 3.1
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OUTCOMES = {200: "ok", 429: "refused", 503: "refused", 504: "expired"}
 LOST = ("engine_died", "unavailable")  # codes of a 503 for what had been accepted
@@ -37,7 +40,7 @@ class Front:
             return
         state = scope.setdefault("state", {})
         state["request_id"] = _request_id(Headers(scope=scope))
-        start, status, read = time.monotonic(), 0, 0
+        start, status, read, whole = time.monotonic(), 0, 0, False
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -51,9 +54,16 @@ class Front:
             self.metrics.received.inc()
 
         async def receive_limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if counts and read == 0:
+                _check_type(Headers(scope=scope))
+            try:
+                async with asyncio.timeout(None if whole else max(0.0, start + RECEIVE_S - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {RECEIVE_S:g} s") from None
             read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if read > BODY_LIMIT:
                 raise HTTPException(413, f"the body is larger than the limit of {BODY_LIMIT} bytes")
             if message["type"] == "http.disconnect" and status == 0:
@@ -61,7 +71,9 @@ class Front:
             return message
 
         try:
-            await self.app(scope, receive_limited, send_with_id)
+            # The answer to HEAD is GET's; uvicorn leaves its body out.
+            seen = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self.app(seen, receive_limited, send_with_id)
         except Exception:
             log.exception("unexpected fault", extra={"fields": {"id": state["request_id"]}})
             if status == 0:
@@ -85,6 +97,13 @@ def _outcome(state: MutableMapping[str, Any], status: int) -> str:
     if state.get("code") in LOST:
         return "failed"
     return OUTCOMES.get(status, "invalid")
+
+
+def _check_type(headers: Headers) -> None:
+    if not JSON.match(headers.get("content-type", "")):
+        raise HTTPException(415, "send JSON, with the header content-type: application/json")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise HTTPException(415, "send the body as it is: content-encoding is not understood")
 
 
 def _request_id(headers: Headers) -> str:

@@ -8,6 +8,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "too_slow",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
 
 class Problem(Exception):
     """A cause with its HTTP status. detail: one clear sentence. field: the name of the field at fault.
@@ -144,9 +152,6 @@ async def _problem(request: Request, error: Exception) -> JSONResponse:
 
 async def _validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    if not request.headers.get("content-type", "").lower().startswith("application/json"):
-        detail = "send JSON, with the header content-type: application/json"
-        return respond(request, 415, "unsupported_media_type", "Unsupported media type", detail)
     first = error.errors()[0]
     named = next((str(part) for part in first["loc"][1:] if isinstance(part, str)), None)
     field = first.get("ctx", {}).get("field", named)
@@ -159,7 +164,7 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code, "http_error")
+    code = CODES.get(error.status_code, "http_error")
     response = respond(request, error.status_code, code, HTTPStatus(error.status_code).phrase, str(error.detail))
     response.headers.update(error.headers or {})
     return response

@@ -108,7 +108,7 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it."""
+    """A variant in OpenAI's list format, with ours beside it. reason: why it failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
@@ -117,6 +117,7 @@ class ModelCard(BaseModel):
     steps: int
     state: str
     resident_bytes: int
+    reason: str = ""
 
 
 class ModelList(BaseModel):

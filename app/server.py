@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.engine.client import EngineClient
+from app.protocol import Protocol
 from app.settings import Settings
 
 log = logging.getLogger("app.server")
@@ -26,6 +27,8 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=Protocol,
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -84,6 +84,9 @@ class WeightStore:
         Raises MissingWeights, BadWeights."""
         path = self.variant_file(name, download)
         check_header(path)
+        self._check_digest(path)
+
+    def _check_digest(self, path: Path) -> None:
         expected = self.family.sha256.get(path.name)
         if expected and _sha256(path) != expected:
             raise BadWeights(f"{path.name}: its SHA-256 is not the published one; delete it and fetch it again")
@@ -99,9 +102,16 @@ class WeightStore:
         if not download:
             raise MissingWeights(self._advice(name, repository))
         try:
-            return Path(hf_hub_download(repository.id, name, revision=repository.revision))  # shows a progress bar
+            path = Path(hf_hub_download(repository.id, name, revision=repository.revision))  # shows a progress bar
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
             raise MissingWeights(self._advice(name, repository)) from error
+        try:
+            self._check_digest(path)  # once, as it comes: what is in the cache is taken as it is
+        except BadWeights:
+            path.resolve().unlink()  # the cache's names are links
+            path.unlink(missing_ok=True)
+            raise
+        return path
 
     def _find_locally(self, folder: str, file: str) -> Path:
         assert self.directory is not None

@@ -1,7 +1,11 @@
 """The command line, as a person types it."""
 
+import hashlib
+import os
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from PIL import Image
@@ -10,7 +14,8 @@ from tests.conftest import ROOT
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "app.cli", *arguments], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "app.cli", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_generate_draws_a_prompt_into_a_file(tmp_path):
@@ -28,6 +33,41 @@ def test_models_are_listed_and_verified():
     assert run("models", "list").stdout.count("here") == 7
     verified = run("models", "verify")
     assert (verified.returncode, verified.stdout.count(": right")) == (0, 14)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Stands in for the Hugging Face hub: every file of every repository holds the same few bytes."""
+
+    content = b"not what was published"
+
+    def do_GET(self) -> None:
+        """Also for HEAD: what huggingface_hub wants to know before it downloads."""
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(self.path.encode()).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.path.split("/resolve/")[1].split("/")[0])
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(self.content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_models_fetch_downloads_and_refuses_what_is_not_the_published_file(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{hub.server_port}"
+        where = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        fetched = run("models", "fetch", "4step-unet", MODEL="sdxl", **where)
+        hub.shutdown()
+    assert fetched.returncode == 1
+    assert "scheduler: right" in fetched.stdout, fetched.stdout + fetched.stderr
+    assert "4step-unet: sdxl_lightning_4step_unet.safetensors: its SHA-256 is not the published" in fetched.stdout
+    assert list(tmp_path.rglob("scheduler_config.json"))
+    assert not list(tmp_path.rglob("sdxl_lightning_4step_unet.safetensors"))
 
 
 @pytest.mark.parametrize("command", [(), ("serve",), ("generate",), ("models",)])

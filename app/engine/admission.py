@@ -1,20 +1,21 @@
 """The door: a request that cannot meet its deadline is refused here, with a Retry-After that holds. Pure, no clock."""
 
 import math
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.engine.costs import Costs
 from app.engine.jobs import Row
 
-FRESH = 0.75  # of its time, and of the queue, is what a new request may take; the rest is kept for those who come back
-KEPT = 0.95  # what a request that was told to come back may wait for
+KEPT = 0.9  # of its time is what an admitted request may wait: batches are never quite what the table says
+FRESH = 0.3  # of its time, and of the queue, while promises are open: the rest is for those who come back
 PROMISED = 0.85  # of the capacity is promised to those who come back; fresh requests take what they leave
-PATIENCE = 10.0  # seconds after its time for which a promise holds
-PROMISES = 4096  # fingerprints remembered
-PLACES = 64  # kept for one fingerprint at a time
-HORIZON = 300.0  # seconds; nobody is promised a place later than this
+WINDOW = 1.5  # seconds: Retry-After is whole seconds rounded up, and a client and its network take a moment
+PATIENCE = 10.0  # seconds after its time for which a promise holds, where nobody else sends the same request
+HORIZON = 1800.0  # seconds; nobody is promised a place later than this
+MOST_WINDOWS = 1 << 16  # open at once, about 20 MB
+LEARN = 0.01  # of the share that comes back is learned from one promise; a tenth is the least that is believed
 
 
 @dataclass(frozen=True)
@@ -25,60 +26,90 @@ class Refusal:
     retry_after: int
 
 
+@dataclass
+class Window:
+    """When and how often one request may come back. strays: how many of `room` are meant for others who send the same
+    for the first time just then: nobody can tell them from those who were promised a place."""
+
+    start: float
+    room: float = 0.0
+    strays: float = 0.0
+    used: int = 0
+
+    def is_open(self, now: float) -> bool:
+        """Whether one more may come in by it. Where there are strays they would use it up in time."""
+        return self.used < self.room and 0 <= now - self.start + 0.05 <= (WINDOW if self.strays else PATIENCE)
+
+
+@dataclass
+class Caller:
+    """All that is open for one fingerprint, and how often it asked."""
+
+    since: float
+    asks: int = 0
+    windows: list[Window] = field(default_factory=list)
+
+
 class Door:
-    """Admission by price. Those who are refused get a time to come back at, later for each, and an entry in a list of
-    promises under their fingerprint: when they come back, they are judged by what was kept for them."""
+    """Admission by price. Who is refused gets a time to come back at, later for each by the work they will bring, and
+    is judged by what was kept for them when the same fingerprint comes again. Equal requests share windows."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # pictures accepted and not finished
-        self._promises: OrderedDict[str, list[float]] = OrderedDict()
+        self._callers: dict[str, Caller] = {}
+        self._windows: deque[tuple[str, Window]] = deque()  # all of them, by their start
         self._promised_until = 0.0
+        self._come_back = 1.0  # share of promises that are used: a flood that never returns books little
 
     def ask(self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str) -> Refusal | None:
         """None if the rows of one request may enter. who: the request's fingerprint, the same when it comes back."""
-        kept = self._is_kept(who, now)
-        full = len(pending) + len(new) > (self.limit if kept else max(len(new), FRESH * self.limit))
-        wait = _overrun(new, pending, costs, now, KEPT if kept else FRESH)
-        if not full and wait <= 0:
+        self._close_windows(now)
+        share = KEPT if self._is_kept(who, now) or not self._windows else FRESH
+        full = len(pending) + len(new) > (self.limit if share == KEPT else max(len(new), FRESH * self.limit))
+        if not full and costs.overrun(new, pending, now, share) <= 0:
             return None
         reason = f"the queue of {self.limit} pictures is full" if full else "the queue is too long to meet the deadline"
-        return Refusal(reason, self._promise(new, pending, costs, now, who, wait))
+        earliest = now + max(1.0, costs.overrun(new, pending, now, FRESH))
+        work = costs.work([*pending, *new]) - costs.work(pending)
+        at_once = min((KEPT - FRESH) * (new[0].deadline - now), (1 - FRESH) * self.limit * work / len(new)) + WINDOW
+        return Refusal(reason, math.ceil(self._promise(who, work, at_once, now, earliest) - now))
 
     def _is_kept(self, who: str, now: float) -> bool:
-        times = self._promises.get(who, [])
-        due = next((time for time in times if time - 1.0 <= now <= time + PATIENCE), None)
-        if due is not None:
-            times.remove(due)
-        return due is not None
+        caller = self._callers.get(who, Caller(now))
+        caller.asks += 1
+        window = next((window for window in caller.windows if window.is_open(now)), None)
+        if window is not None:
+            window.used += 1
+        return window is not None
 
-    def _promise(
-        self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str, wait: float
-    ) -> int:
-        """A time to come back at, in seconds from now, and a place kept for then. Who already has as many places as one
-        client is kept, or would have to wait beyond the horizon, gets a time but no place: a flood books nothing."""
-        times = [time for time in self._promises.pop(who, []) if now <= time + PATIENCE]
-        time = max(now + max(wait, 1.0), self._promised_until)
-        if len(times) < PLACES and time - now < HORIZON:
-            work = costs.work([*pending, *new]) - costs.work(pending)
-            self._promised_until = time + work / PROMISED
-            times.append(time)
-        self._promises[who] = times
-        while len(self._promises) > PROMISES:
-            self._promises.popitem(last=False)
-        return math.ceil(min(time - now, HORIZON))
+    def _promise(self, who: str, work: float, at_once: float, now: float, earliest: float) -> float:
+        """The time to come back at. A window of this fingerprint serves again while what comes in by it and after it
+        is no more than `at_once` seconds of work; else there is a new one after all that was promised so far."""
+        caller = self._callers.get(who, Caller(now))
+        strays = WINDOW * caller.asks / max(0.5, now - caller.since)
+        for window in caller.windows:
+            others = max(0.0, strays - window.strays)
+            cost = (self._come_back + others) * work / PROMISED
+            if earliest <= window.start and self._promised_until + cost <= window.start + at_once / PROMISED:
+                break
+        else:
+            others, window = strays, Window(max(earliest, self._promised_until))
+            cost = (self._come_back + others) * work / PROMISED
+            if window.start > now + HORIZON or others * work > at_once or len(self._windows) >= MOST_WINDOWS:
+                return min(window.start, now + HORIZON)  # a time, but nothing is kept
+            self._callers.setdefault(who, caller).windows.append(window)
+            self._windows.append((who, window))
+            self._promised_until = window.start
+        self._promised_until += cost
+        window.room, window.strays = window.room + 1 + others, window.strays + others
+        return window.start
 
-
-def _overrun(new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, share: float) -> float:
-    """Seconds by which the worst-off row, new or pending, would miss `share` of its time, oldest deadline first.
-    0 or less: nobody would. Pending rows are held to their whole time; they were admitted."""
-    shares = costs.shares([*pending, *new])
-    fresh = {row.id for row in new}
-    finish, worst = now, -math.inf
-    oldest_new = min(row.deadline for row in new)
-    for row in sorted([*pending, *new], key=lambda row: (row.deadline, row.id)):
-        finish += shares[row.id]
-        if row.id in fresh:
-            worst = max(worst, finish - (now + share * (row.deadline - now)))
-        elif row.deadline > oldest_new:
-            worst = max(worst, finish - row.deadline)
-    return worst
+    def _close_windows(self, now: float) -> None:
+        while self._windows and self._windows[0][1].start + PATIENCE < now:
+            who, window = self._windows.popleft()
+            self._callers[who].windows.remove(window)
+            if not self._callers[who].windows:
+                del self._callers[who]
+            if not window.strays:
+                self._come_back += LEARN * (window.used / window.room - self._come_back)
+        self._come_back = max(0.1, self._come_back)

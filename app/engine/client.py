@@ -67,6 +67,7 @@ class EngineClient:
         self._costs: Costs | None = None
         self._drift = 1.0
         self._last_answer = 0.0
+        self._unanswered = 0
         self._has_served = False
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -203,13 +204,17 @@ class EngineClient:
             if self.ready is None:
                 continue
             self._send(messages.Ping())
-            if time.monotonic() - self._last_answer > HUNG_S and self._process is not None:
+            self._unanswered += 1  # counted, not timed: where the whole machine paused, nobody hung
+            if self._unanswered * PING_S > HUNG_S and self._process is not None:
                 log.error("the engine has not answered for %.0f s; killing it", HUNG_S)
                 self._process.kill()
 
     async def _bury(self) -> None:
         """The engine has gone, or must: nobody may wait for it any longer."""
-        self.ready = self.report = None
+        self.ready = None
+        if self.report is not None:  # what it held has gone with it
+            gone = [msgspec.structs.replace(row, state="on disk", resident_bytes=0) for row in self.report.variants]
+            self.report = messages.Report(gone, 0, 0, False)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -230,12 +235,12 @@ class EngineClient:
             case messages.Ready():
                 self.ready, self._costs, self.report = message, message.costs, message.report
                 self._has_served = True
-                self._drift, self._last_answer = 1.0, time.monotonic()
+                self._drift, self._last_answer, self._unanswered = 1.0, time.monotonic(), 0
                 log.info("ready: %s on %s in %s", message.family, message.device, message.dtype)
             case messages.Measured(costs):
                 self._costs, self._drift = costs, 1.0
             case messages.Report():
-                self.report, self._last_answer = message, time.monotonic()
+                self.report, self._last_answer, self._unanswered = message, time.monotonic(), 0
             case messages.Worked():
                 self._count(message)
             case messages.Done(id):

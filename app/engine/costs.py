@@ -1,6 +1,7 @@
 """Measured costs: what a step and a decode take at each batch size. They choose the batch and price a queue."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -61,6 +62,21 @@ class Costs(msgspec.Struct, frozen=True):
             decode = self.decode_seconds(decodes, pixels) / decodes + self.encode
             shares.update({row.id: (row.steps_left * step + decode) / self.lanes for row in group})
         return shares
+
+    def overrun(self, new: Sequence[Row], pending: Sequence[Row], now: float, share: float) -> float:
+        """Seconds by which the worst-off row, new or pending, would miss its deadline, oldest deadline first; a new one
+        `share` of its time, while a pending one, once admitted, has all of it. 0 or less: nobody would."""
+        shares = self.shares([*pending, *new])
+        fresh = {row.id for row in new}
+        finish, worst = now, -math.inf
+        oldest_new = min(row.deadline for row in new)
+        for row in sorted([*pending, *new], key=lambda row: (row.deadline, row.id)):
+            finish += shares[row.id]
+            if row.id in fresh:
+                worst = max(worst, finish - (now + share * (row.deadline - now)))
+            elif row.deadline > oldest_new:
+                worst = max(worst, finish - row.deadline)
+        return worst
 
     def scaled(self, by: float) -> "Costs":
         """The same table where everything takes `by` times as long: a machine that is busier than at warm-up."""

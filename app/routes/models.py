@@ -1,5 +1,7 @@
 """GET /v1/models: what can be asked for, in OpenAI's shape. Nothing is loaded or unloaded over this port."""
 
+import re
+
 from fastapi import APIRouter, Request
 
 from app.engine.client import EngineClient
@@ -9,6 +11,7 @@ from app.schemas import ModelCard, ModelList
 
 router = APIRouter(prefix="/v1/models")
 
+PATH = re.compile(r"(?<![^\s'\"(])/[^\s'\")]+")  # where files lie is the operator's business, and in the log
 RELEASED = 1708473600  # 2024-02-21, the day SDXL-Lightning was released
 
 
@@ -39,4 +42,5 @@ def _card(variant: VariantReport, family: str) -> ModelCard:
         steps=variant.steps,
         state=variant.state,
         resident_bytes=variant.resident_bytes,
+        reason=PATH.sub("...", variant.reason),
     )

@@ -2,7 +2,7 @@
 
 import heapq
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_a_flood_from_one_client_books_no_time_for_the_others():
         door.ask([row(9)], pending, COSTS, 0.0, who="flood")
     other = door.ask([row(10)], pending, COSTS, 0.0, who="other")
     assert other is not None
-    assert other.retry_after <= 5
+    assert other.retry_after <= 15  # the few windows that equal requests are believed to need
 
 
 def test_a_more_urgent_request_is_refused_where_it_would_make_an_admitted_one_late():
@@ -51,60 +51,105 @@ def test_a_more_urgent_request_is_refused_where_it_would_make_an_admitted_one_la
     assert work_until_done(inside) <= 1.0
 
 
-@pytest.mark.parametrize(("load", "limit"), [(1.5, 256), (2.0, 256), (2.0, 128)])
-def test_who_waits_for_retry_after_is_admitted_95_times_in_100(load, limit):
-    returned, admitted_again, late, served = simulate(load, seconds=60, returns=True, limit=limit)
-    assert returned > 100
-    assert admitted_again / returned >= 0.95
-    assert late == 0
-    assert served >= 0.9 * CAPACITY * 60
+@pytest.mark.parametrize(
+    ("load", "seconds", "limit", "deadline", "senders"),
+    [
+        (1.5, 60, 256, 5.0, None),
+        (2.0, 60, 256, 5.0, None),
+        (2.0, 60, 128, 5.0, None),
+        (2.0, 300, 256, 5.0, None),
+        (2.0, 300, 256, 5.0, 1),  # all send the same request from one address
+        (2.0, 300, 256, 30.0, 1),
+        (2.0, 300, 256, 5.0, 10),  # ten different requests
+    ],
+)
+def test_who_waits_for_retry_after_is_admitted_95_times_in_100(load, seconds, limit, deadline, senders):
+    seen = simulate(load, seconds, limit=limit, deadline=deadline, senders=senders)
+    assert seen.returned > 100
+    assert seen.admitted_again / seen.returned >= 0.95
+    assert seen.late == 0
+    assert seen.goodput >= 0.9
 
 
 def test_clients_that_never_come_back_cost_no_throughput():
-    _, _, late, served = simulate(2.0, seconds=60, returns=False)
-    assert late == 0
-    assert served >= 0.9 * CAPACITY * 60
+    seen = simulate(2.0, 60, returns=False)
+    assert seen.late == 0
+    assert seen.goodput >= 0.9
 
 
-def simulate(load: float, seconds: float, returns: bool, limit: int = 256) -> tuple[int, int, int, int]:
+def test_a_flood_of_different_requests_that_never_return_keeps_nobody_out():
+    """Ten times the capacity from clients that never come back, half of it from clients that do."""
+    seen = simulate(0.5, 300, flood=10.0)
+    assert seen.returned > 100
+    assert seen.admitted_again / seen.returned >= 0.95
+    assert seen.goodput >= 0.9
+    assert seen.longest_wait <= 400  # without a memory for who comes back: the horizon, half an hour
+
+
+@dataclass
+class Seen:
+    """What became of a simulated load. late: admitted and then refused. goodput: of the capacity."""
+
+    returned: int = 0
+    admitted_again: int = 0
+    late: int = 0
+    goodput: float = 0.0
+    longest_wait: int = 0
+
+
+def simulate(
+    load: float,
+    seconds: float,
+    returns: bool = True,
+    limit: int = 256,
+    deadline: float = 5.0,
+    senders: int | None = None,
+    flood: float = 0.0,
+) -> Seen:
     """Poisson arrivals at `load` times the capacity against the real door and the real scheduler, on a simulated clock.
-    Returns how many came back, were admitted on coming back, were refused after admission, were served."""
+    senders: how many different fingerprints there are; None: as many as clients. flood: as load, of others who never
+    come back. Who does comes up to half a second after its time."""
     random.seed(7)
-    door, board = Door(limit), {}
+    costs = COSTS.scaled(4)  # 11 pictures a second: less to simulate
+    capacity = CAPACITY / 4
+    door, board, seen = Door(limit), {}, Seen()
     arrivals: list[tuple[float, int, bool]] = []
     time, id = 0.0, 0
     while time < seconds:
-        time += random.expovariate(load * CAPACITY)
+        time += random.expovariate((load + flood) * capacity)
         id += 1
         arrivals.append((time, id, False))
+    floods = {id for _, id, _ in arrivals if random.random() < flood / (load + flood)}
     heapq.heapify(arrivals)
-    returned = again = late = served = 0
-    now = 0.0
+    now, served = 0.0, 0
     while now < seconds:
         while arrivals and arrivals[0][0] <= now:
             at, id, is_return = heapq.heappop(arrivals)
-            asked = Row(id, "4step-unet", 128, 128, at + 5.0, 4)
-            refusal = door.ask([asked], list(board.values()), COSTS, now, who=str(id))
-            returned += is_return
+            asked = Row(id, "4step-unet", 128, 128, at + deadline, 4)
+            refusal = door.ask([asked], list(board.values()), costs, now, who=str(id % senders if senders else id))
+            seen.returned += is_return
             if refusal is None:
                 board[id] = asked
-                again += is_return
-            elif returns and not is_return and at + refusal.retry_after < seconds:
-                heapq.heappush(arrivals, (at + refusal.retry_after + random.random() * 0.2, id, True))
-        todo = plan(list(board.values()), COSTS, now)
-        late += len(todo.refuse)
+                seen.admitted_again += is_return
+            elif returns and not is_return and id not in floods:
+                seen.longest_wait = max(seen.longest_wait, refusal.retry_after)
+                if at + refusal.retry_after < seconds:
+                    heapq.heappush(arrivals, (at + refusal.retry_after + random.random() * 0.5, id, True))
+        todo = plan(list(board.values()), costs, now)
+        seen.late += len(todo.refuse)
         for row in (*todo.refuse, *todo.decode):
             del board[row.id]
         served += len(todo.decode)
         for row in todo.step:
             board[row.id] = replace(row, steps_left=row.steps_left - 1)
         if todo.step:
-            now += COSTS.step_seconds(len(todo.step), 128 * 128) + COSTS.encode
+            now += costs.step_seconds(len(todo.step), 128 * 128) + costs.encode
         if todo.decode:
-            now += COSTS.decode_seconds(len(todo.decode), 128 * 128)
+            now += costs.decode_seconds(len(todo.decode), 128 * 128)
         if not (todo.step or todo.decode):
             now = arrivals[0][0] if arrivals else seconds
-    return returned, again, late, served
+    seen.goodput = served / capacity / seconds
+    return seen
 
 
 def work_until_done(rows: list[Row]) -> float:

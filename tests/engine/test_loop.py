@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from app.engine.costs import Costs
 from app.engine.jobs import Job
@@ -40,15 +40,22 @@ class Sent(list[FromEngine]):
         return {message.id: message.code for message in self if isinstance(message, Failed)}
 
 
-def make_loop(pipeline: Pipeline, *resident: str, directory=None) -> tuple[Loop, Sent]:
-    registry = Registry(WeightStore(FAMILY, directory), "cpu", torch.float32, [Tier("cpu", 1 << 40)])
+def pictures(sent: Sent) -> list[torch.Tensor]:
+    """The pixels, by id."""
+    done = sorted((message for message in sent if isinstance(message, Done)), key=lambda message: message.id)
+    return [torch.frombuffer(bytearray(message.pixels), dtype=torch.uint8).int() for message in done]
+
+
+def make_loop(pipeline: Pipeline, *resident: str, directory=None, budgets=(1 << 40,)) -> tuple[Loop, Sent]:
+    tiers = [Tier("cpu", budget) for budget in budgets]
+    registry = Registry(WeightStore(FAMILY, directory), "cpu", torch.float32, tiers)
     for name in resident:
         registry.load(name)
     sent = Sent()
     return Loop(pipeline, registry, COSTS, sent.append), sent
 
 
-def serve(loop: Loop, sent: Sent, count: int, seconds: float = 60) -> None:
+def serve(loop: Loop, sent: Sent, count: int, seconds: float = 120) -> None:
     """Let two lanes work until `count` jobs have ended."""
     for _ in range(2):
         threading.Thread(target=loop.serve, daemon=True).start()
@@ -91,6 +98,46 @@ def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embed
     assert (sent.done(), sent.failed()) == ({1}, {0: "variant_unavailable"})
 
 
+def test_more_variants_than_two_tiers_hold_are_all_served_and_evicted_in_turn(pipeline):
+    names = ("1step-unet", "2step-unet", "4step-unet", "2step-lora", "4step-lora")
+    jobs = [job(id, variant=names[id % 5]) for id in range(10)]
+    roomy, expected = make_loop(pipeline, *names)
+    one_set = max(row.resident_bytes for row in roomy.registry.status())
+    tight, sent = make_loop(pipeline, "1step-unet", budgets=(one_set, one_set))
+    for loop, out in ((roomy, expected), (tight, sent)):
+        loop.post(Submit(jobs))
+        serve(loop, out, len(jobs))
+        assert out.failed() == {}
+    for ours, theirs in zip(pictures(sent), pictures(expected), strict=True):
+        assert (ours - theirs).abs().max() <= 1
+    held = [row.resident_bytes for row in tight.registry.status() if row.state == "resident"]
+    assert (len(held), max(held)) == (2, one_set)
+
+
+def test_a_load_that_fails_midway_leaves_a_busy_variant_in_place(pipeline, embedded_copy):
+    """The only tier is full, and what would push its set out turns out to be broken."""
+    path = embedded_copy / FAMILY.variants["4step-lora"].file
+    state = load_file(path)
+    save_file({key: value[:-1] if key.endswith("lora_up.weight") else value for key, value in state.items()}, path)
+    whole, _ = make_loop(pipeline, "2step-unet")
+    budget = max(row.resident_bytes for row in whole.registry.status())
+    loop, sent = make_loop(pipeline, "2step-unet", directory=embedded_copy, budgets=(budget,))
+    loop.post(Submit([job(0), job(1, variant="4step-lora"), job(2)]))
+    serve(loop, sent, 3)
+    assert (sent.done(), sent.failed()) == ({0, 2}, {1: "variant_unavailable"})
+    assert loop.registry.is_resident("2step-unet")
+
+
+def test_a_flat_picture_is_a_numeric_fault(embedded_copy):
+    path = embedded_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({k: torch.zeros_like(v) if k.startswith("decoder.conv_out") else v for k, v in state.items()}, path)
+    loop, sent = make_loop(Pipeline(WeightStore(FAMILY, embedded_copy), "cpu", torch.float32), "1step-unet")
+    loop.post(Submit([job(0, variant="1step-unet")]))
+    serve(loop, sent, 1)
+    assert (sent.done(), sent.failed()) == (set(), {0: "numeric_fault"})
+
+
 def test_a_row_whose_variant_is_not_there_in_time_is_told_that_it_loads(pipeline):
     loop, sent = make_loop(pipeline)
     loop.post(Submit([job(0, deadline=time.monotonic() - 1)]))
@@ -126,14 +173,10 @@ def test_pictures_drawn_around_faults_are_the_ones_drawn_alone(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
     loop.post(Submit([job(5)]))
     serve(loop, sent, 1)
-    alone = sent[-1] if isinstance(sent[-1], Done) else next(m for m in sent if isinstance(m, Done))
     mixed, mixed_sent = make_loop(pipeline, "2step-unet")
     mixed.post(Submit([job(4), job(5), job(6, "\ud800")]))
     serve(mixed, mixed_sent, 3)
-    among = next(message for message in mixed_sent if isinstance(message, Done) and message.id == 5)
-    difference = torch.frombuffer(bytearray(alone.pixels), dtype=torch.uint8).int()
-    difference -= torch.frombuffer(bytearray(among.pixels), dtype=torch.uint8).int()
-    assert difference.abs().max() <= 1
+    assert (pictures(sent)[0] - pictures(mixed_sent)[1]).abs().max() <= 1
 
 
 def test_a_ping_is_answered_between_two_turns(pipeline):

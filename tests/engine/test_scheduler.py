@@ -1,6 +1,6 @@
 """The scheduler, with a simulated clock: who is stepped, who is decoded, who is refused."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine.costs import Costs
@@ -68,6 +68,7 @@ rows = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(rows=rows, now=st.floats(0, 5))
 def test_nothing_is_planned_twice_and_no_work_is_left_idle(rows, now):
     todo = plan(rows, FLAT, now)
@@ -79,6 +80,7 @@ def test_nothing_is_planned_twice_and_no_work_is_left_idle(rows, now):
     assert {row for row in rows if row.steps_left == 0} == set(todo.decode)
 
 
+@settings(deadline=None)
 @given(rows=rows)
 def test_every_row_ends_decoded_or_refused_within_its_deadline(rows):
     """The whole life of a queue under the simulated clock: nothing starves, nothing is lost."""

@@ -51,7 +51,7 @@ BAD_FIELDS = [
 
 
 def post(server, body: bytes, content_type: str = "application/json") -> httpx.Response:
-    return httpx.post(f"{server.url}/generate", content=body, headers={"content-type": content_type}, timeout=30)
+    return httpx.post(f"{server.url}/generate", content=body, headers={"content-type": content_type}, timeout=60)
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
@@ -114,8 +114,7 @@ def test_neither_logs_nor_refusals_repeat_a_prompt(server):
 
 def test_a_raw_broken_request_harms_nobody(server):
     for garbage in (b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST /generate HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
             sock.sendall(garbage)
-            sock.settimeout(5)
             assert sock.recv(100)[:12] in (b"", b"HTTP/1.1 400")
-    assert httpx.post(f"{server.url}/generate", json={**APPLE, "steps": 1}, timeout=30).status_code == 200
+    assert httpx.post(f"{server.url}/generate", json={**APPLE, "steps": 1}, timeout=60).status_code == 200

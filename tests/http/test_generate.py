@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import APPLE
+from app.engine.messages import VariantReport
+from app.routes.models import _card
+from tests.conftest import APPLE, PLAIN, eventually
 from tests.models import oracle
 
 VARIANTS = tuple(oracle.FAMILY.variants)
@@ -44,10 +46,13 @@ def test_forty_clients_at_once_each_get_their_own_picture(server):
     def ask(request):
         variant, prompt, seed = request
         body = {"prompt": prompt, "seed": seed, "variant": variant, "timeout": 120}
-        return httpx.post(f"{server.url}/generate", json=body, timeout=120)
+        return httpx.post(f"{server.url}/generate", json=body, timeout=120, verify=PLAIN)
 
     with ThreadPoolExecutor(40) as pool:
-        responses = list(pool.map(ask, asked))
+        with server.stopped_engine():
+            answers = [pool.submit(ask, request) for request in asked]
+            assert eventually(lambda: server.in_engine() == 40, 15)
+        responses = [answer.result() for answer in answers]
     for response, (variant, prompt, seed) in zip(responses, asked, strict=True):
         assert abs(images(response)[0] - theirs(variant, prompt, seed)).max() <= 1
     assert max(max(response.json()["batch_sizes"]) for response in responses) > 1
@@ -103,6 +108,19 @@ def test_accept_image_gives_the_bare_picture(server, accept, output_format, kind
 
 @pytest.mark.parametrize(
     ("accept", "fields"),
+    [
+        ("application/json, image/png", {"n": 2}),
+        ("image/png, */*;q=0.1", {"n": 2}),
+        ("application/json, image/png", {"output_format": "jpeg"}),
+    ],
+)
+def test_accept_that_allows_json_gets_it_where_a_bare_picture_is_impossible(server, accept, fields):
+    response = httpx.post(f"{server.url}/generate", json={**APPLE, **fields}, headers={"accept": accept}, timeout=60)
+    assert len(response.json()["images"]) == fields.get("n", 1)
+
+
+@pytest.mark.parametrize(
+    ("accept", "fields"),
     [("image/png", {"n": 2}), ("text/html", {}), ("image/png", {"output_format": "jpeg"})],
 )
 def test_what_accept_cannot_get_is_a_406(server, accept, fields):
@@ -154,6 +172,11 @@ def test_models_are_listed_in_openais_shape(server):
     assert {model["state"] for model in models["data"]} == {"resident"}
     assert httpx.get(f"{server.url}/v1/models/4step-lora").json()["steps"] == 4
     assert httpx.get(f"{server.url}/v1/models/nothing").status_code == 404
+
+
+def test_models_say_why_a_variant_failed_and_not_where_its_file_is():
+    report = VariantReport("8step-unet", 8, "failed", reason="x.safetensors is not in /srv/weights. Put it there")
+    assert _card(report, "sdxl").reason == "x.safetensors is not in ... Put it there"
 
 
 def test_ready_says_that_all_seven_are_resident(server):

@@ -1,5 +1,8 @@
 """The registry: budgets, least recently used out first, and loads that fail without harm."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,6 +66,22 @@ def test_switches_are_counted_only_when_the_active_variant_changes():
     for name in ("1step-unet", "1step-unet", "2step-unet", "1step-unet"):
         registry.use(name)
     assert registry.switches == 3
+
+
+def test_unloading_and_evicting_in_the_middle_of_loads_leaves_the_registry_whole():
+    registry = make_registry([1, 1])
+    registry.load("1step-unet")
+    with ThreadPoolExecutor(3) as pool:
+        loads = [pool.submit(registry.load, name) for name in ("4step-lora", "2step-unet", "2step-lora")]
+        while not all(load.done() for load in loads):
+            for name in ("1step-unet", "4step-lora", "2step-unet"):
+                registry.unload(name)
+            time.sleep(0.01)
+    assert [load.result() for load in loads] == [None] * 3
+    registry.load("4step-unet")
+    registry.use("4step-unet")
+    assert "loading" not in states(registry).values()
+    assert sum(row.resident_bytes for row in registry.status()) <= 2 * ONE_SET + 2
 
 
 def damage_truncate(path):
