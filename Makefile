@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check format bench bench-gpu teacher distill evaluate lock clean
+.PHONY: serve test check format bench bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
@@ -22,6 +22,18 @@ format: .venv/developed
 
 bench: .venv/developed
 	$(BIN)/python -m bench
+
+# PART=check|stages|server, all if absent; TINY=1 tries it on a CPU. A lent GPU machine has torch but no network for a
+# .venv: there its own python3 runs this (docs/performance.md).
+bench-gpu:
+	@$(if $(wildcard .venv/developed),$(BIN)/python,$(PYTHON)) -m bench.gpu
+
+GPU_WHEELS := annotated.types|diffusers|fastapi|fastapi.offline|fpng|httptools|lazy.loader|msgspec|opentelemetry.api|\
+pydantic|pydantic.core|pydantic.settings|python.dotenv|starlette|typing.extensions|typing.inspection|uvicorn
+GPU_PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1
+bench-gpu-wheels:
+	@grep -E '^($(subst $() ,,$(GPU_WHEELS)))==' requirements.lock | xargs $(PYTHON) -m pip download --quiet --no-deps \
+	  --only-binary=:all: --python-version 3.12 --implementation cp $(GPU_PLATFORMS:%=--platform %_x86_64) --dest .whl
 
 teacher: .venv/developed system-packages
 	$(BIN)/python -m distill.teacher

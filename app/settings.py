@@ -33,9 +33,14 @@ class EngineSettings(BaseSettings):
     max_batch: int | None = Field(
         None, ge=1, le=32, description="largest batch to measure; by default 16 on a CPU, 8 on CUDA"
     )
-    device_budget_gib: float = Field(24.0, gt=0, description="GPU memory for weight sets, GiB")
+    device_budget_gib: float | None = Field(
+        None, gt=0, description="GPU memory for weight sets, GiB; by default what the card has to spare"
+    )
     host_budget_gib: float = Field(16.0, gt=0, description="host memory for weight sets, GiB (pinned on CUDA)")
-    compile: bool = Field(True, description="compile the embedded UNet and text encoders ahead of time on a CPU")
+    compile: bool = Field(
+        True, description="compile in the background: the embedded model on a CPU, the UNet and the decoder on CUDA"
+    )
+    fp8: bool = Field(False, description="the UNet's large linear layers in fp8 (CUDA, Hopper or newer; needs torchao)")
     cache_dir: Path = Field(
         Path("~/.cache/sdxl-lightning-server"), description="where compiled code is kept; safe to delete"
     )
@@ -49,9 +54,10 @@ class EngineSettings(BaseSettings):
             dtype=self.dtype,
             threads=self.threads,
             max_batch=self.max_batch,
-            device_budget=int(self.device_budget_gib * GIB),
+            device_budget=int(self.device_budget_gib * GIB) if self.device_budget_gib else None,
             host_budget=int(self.host_budget_gib * GIB),
             compile=self.compile,
+            fp8=self.fp8,
             cache=str(self.cache_dir.expanduser()),
         )
 

@@ -1,11 +1,14 @@
 """The pipeline: prompts to conditioning, latents to latents, latents to pictures. It holds no request and no clock."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import (
@@ -22,8 +25,11 @@ from models.schedule import Schedule, euler_step, model_input
 
 # UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
 UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# Step(latents, table, prompt_embeds, pooled, time_ids) -> latents: advance() with its UNet filled in
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 PROMPTS_CACHED = 1024  # prompts; SDXL's take 318 KB each in fp16 (77 x 2048 + 1280), so 0.3 GB in all
+STEPS_PRIORITY = -1  # of the CUDA stream that steps and encodes share; it goes before 0, the decodes'
 FLAT = 1 / 255  # a picture whose pixels deviate less than this is black or blank: a numeric fault, not a picture
 
 
@@ -68,11 +74,30 @@ class Decoder(nn.Module):
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sound
 
 
+def advance(
+    unet: UNetFunction, latents: Tensor, table: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor
+) -> Tensor:
+    """One step of every row: all that a CUDA graph holds. latents: (B, 4, h, w) float32. table: (B, 4), the rows of
+    models.schedule.Schedule.table. The rest as the UNet takes it."""
+    timestep, sigma, sigma_next, predicts_sample = table.unbind(1)
+    scaled = model_input(latents, sigma).to(embeds.dtype).contiguous(memory_format=torch.channels_last)
+    out = unet(scaled, timestep.contiguous(), embeds, pooled, time_ids)  # compiled code reads it as it lies
+    return euler_step(latents, out.float(), sigma, sigma_next, predicts_sample)
+
+
 class Pipeline:
-    """Everything of a family but the UNet's weights, which the registry owns."""
+    """Everything of a family but the UNet's weights, which the registry owns.
+
+    steps: how to step a UNet where there is a faster way than to call it (models.graphs); text and decoder are replaced
+    in place for the same end.
+    """
 
     def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        on_gpu = device.startswith("cuda")
+        self._steps_stream = torch.cuda.Stream(priority=STEPS_PRIORITY) if on_gpu else None
+        self._decode_stream = torch.cuda.Stream(priority=0) if on_gpu else None
+        self.use_stream()
         self.tokenizers = [
             CLIPTokenizer.from_pretrained(store.component_folder(part), local_files_only=True)
             for part in ("tokenizer", "tokenizer_2")
@@ -82,20 +107,27 @@ class Pipeline:
             self._text_encoder(store, "text_encoder_2", CLIPTextModelWithProjection),
         )
         vae_config = store.config("vae")
-        vae = AutoencoderKL.from_config(vae_config)
-        self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = Decoder(
-            self._filled(vae, store, "vae"), vae_config["scaling_factor"], dtype
-        )
+        vae = self._filled(lambda: AutoencoderKL.from_config(vae_config), store, "vae")
+        self.vae = Decoder(vae, vae_config["scaling_factor"], dtype)
+        self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
+        self.steps: dict[UNetFunction, Step] = {}
         self.latent_channels: int = vae_config["latent_channels"]
         self.vae_scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent, 8
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
-        self._stream = torch.cuda.Stream() if device.startswith("cuda") else None
+
+    def use_stream(self) -> None:
+        """Make what this thread does on a GPU go first there, and in one order with what others do that called this.
+        To be called by each thread that encodes or steps; the one that made the pipeline has."""
+        if self._steps_stream is not None:
+            torch.cuda.set_stream(self._steps_stream)
 
     def _text_encoder(self, store: weights.WeightStore, part: str, kind: type[PreTrainedModel]) -> nn.Module:
-        return self._filled(kind(CLIPTextConfig.from_dict(store.config(part))), store, part)
+        return self._filled(lambda: kind(CLIPTextConfig.from_dict(store.config(part))), store, part)
 
-    def _filled(self, module: nn.Module, store: weights.WeightStore, part: str) -> nn.Module:
-        state = weights.read(store.component_file(part))
+    def _filled(self, make: Callable[[], nn.Module], store: weights.WeightStore, part: str) -> nn.Module:
+        state = weights.read(store.component_file(part), self.device)
+        with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
+            module = make()
         state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
         if not any(key.startswith("text_model.") for key in module.state_dict()):
             # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
@@ -110,7 +142,7 @@ class Pipeline:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
         if new:
             tokens = [self._tokenize(tokenizer, new) for tokenizer in self.tokenizers]
-            embeds, pooled = self.text(*(each.input_ids.to(self.device) for each in tokens))
+            embeds, pooled = self.text(*(self.to_device(each.input_ids) for each in tokens))
             is_full = (tokens[0].attention_mask | tokens[1].attention_mask).all(dim=1).tolist()
             for row, prompt in enumerate(new):
                 is_cut = is_full[row] and self._is_cut(prompt)
@@ -138,7 +170,18 @@ class Pipeline:
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
-        return noise.to(self.device, non_blocking=True) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+        return self.to_device(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the device; through pinned memory, so that the host need not wait."""
+        return tensor if self._steps_stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
+        """The row with the cross-attentions' keys and values of its prompt in place of the embeddings, if the UNet
+        takes them (models.attention). They depend on prompt and weights alone: once a request instead of each step."""
+        project = getattr(unet, "project", None)
+        return row if project is None else replace(row, prompt_embeds=project(row.prompt_embeds))
 
     @torch.inference_mode()
     def denoise(
@@ -152,20 +195,18 @@ class Pipeline:
         """One step of every row, wherever each row stands. Waits for nothing on the host.
 
         latents: (B, 4, h, w) float32. step: (B,) int64 on the device, each row's index into the schedule.
+        conditioning: B rows, all as encode() gave them or all as project() did.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
         embeds = torch.stack([row.prompt_embeds for row in conditioning])
         pooled = torch.stack([row.pooled for row in conditioning])
         time_ids = self._time_ids(height, width).repeat(len(conditioning), 1)  # compiled code reads it as it lies
-        sigma, sigma_next = schedule.sigmas[step], schedule.sigmas[step + 1]
-        scaled = model_input(latents, sigma).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        out = unet(scaled, schedule.timesteps[step], embeds, pooled, time_ids)
-        return euler_step(latents, out.float(), sigma, sigma_next, schedule.prediction_type)
+        run = self.steps.get(unet) or partial(advance, unet)
+        return run(latents, schedule.table[step], embeds, pooled, time_ids)
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype)
-        return ids.to(self.device, non_blocking=True)
+        return self.to_device(torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype))
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -173,29 +214,40 @@ class Pipeline:
 
         Blocks the calling thread and no other: called beside the thread that denoises, it overlaps the next steps; on
         a GPU on a stream of its own, with copies into pinned memory. latents: B of (4, h, w), which the device has
-        finished (synchronize() after their last step).
+        finished (synchronize() after their last step). What float16 could not hold is decoded once more in float32.
         """
-        if self._stream is None:
-            return self.decoder(torch.stack(tuple(latents)))
-        with torch.cuda.stream(self._stream):
+        pixels, sound = self._decode(self.decoder, latents)
+        if self.dtype is torch.float16 and not sound.all():
+            # Made anew each time, 0.3 GB for SDXL: with weights that are right for float16 it is never needed.
+            exact = Decoder(copy.deepcopy(self.vae.vae).float(), self.vae.scaling_factor, torch.float32)
+            for row in (~sound).nonzero().flatten().tolist():
+                pixels[row : row + 1], sound[row : row + 1] = self._decode(exact, latents[row : row + 1])
+        return pixels, sound
+
+    def _decode(
+        self, decoder: Callable[[Tensor], tuple[Tensor, Tensor]], latents: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if self._decode_stream is None:
+            return decoder(torch.stack(tuple(latents)))
+        with torch.cuda.stream(self._decode_stream):
             # Stacked here, not by the caller: on its stream the copy would wait behind the step that runs now.
             pixels, sound = (
                 torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-                for part in self.decoder(torch.stack(tuple(latents)))
+                for part in decoder(torch.stack(tuple(latents)))
             )
-            self._stream.synchronize()
+            self._decode_stream.synchronize()
         return pixels, sound
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
-        if self._stream is not None:
+        if self._steps_stream is not None:
             torch.cuda.current_stream().synchronize()
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     """Load a state dict into a module, every tensor by name and shape. Raises weights.BadWeights where they differ."""
     check_fit(module, state, name)
-    module.load_state_dict(state, strict=True)
+    module.load_state_dict(state, strict=True, assign=True)
 
 
 def check_fit(module: nn.Module, state: dict[str, Tensor], name: str) -> None:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from models import weights
+from models import fp8, weights
+from models.attention import share_text_weights
 from models.catalog import Variant
-from models.pipeline import UNetFunction, check_fit, fill
+from models.pipeline import UNetFunction, check_fit
 from models.schedule import Schedule, make_schedule
 
 WeightSet = dict[str, Tensor]
@@ -49,11 +51,20 @@ class UNet(nn.Module):
         super().__init__()
         with init_empty_weights():
             self.unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+        self.text_weights: Tensor | None
+        self.register_buffer("text_weights", None, persistent=False)  # models.attention.share_text_weights
 
     def forward(self, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        """Shapes as in models.pipeline.UNetFunction."""
+        """Shapes as in models.pipeline.UNetFunction; embeds may be project(embeds)."""
         added = {"text_embeds": pooled, "time_ids": time_ids}
-        return self.unet(latents, timestep, embeds, added_cond_kwargs=added, return_dict=False)[0]
+        return self.unet(latents, timestep, self.project(embeds), added_cond_kwargs=added, return_dict=False)[0]
+
+    def project(self, embeds: Tensor) -> Tensor:
+        """Embeddings of prompts (..., L, C) as all cross-attentions' keys and values (..., L, columns), where their
+        weights are shared; what is projected already, or need not be, comes back as it is."""
+        if self.text_weights is None or embeds.shape[-1] == len(self.text_weights):
+            return embeds
+        return F.linear(embeds, self.text_weights)
 
 
 class Registry:
@@ -61,6 +72,8 @@ class Registry:
 
     load and unload may run in any thread; use() belongs to the thread that plans. A load that fails changes
     nothing else. `bind` makes a UNet function of a weight set; None runs the one UNet module (see models.compiled).
+    `static`: the module has weights of its own, into which a set is copied; else it refers to the set's.
+    `quantize`: what is done to each set as it is loaded (models.fp8), if anything.
     """
 
     def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype, tiers: list[Tier]) -> None:
@@ -71,15 +84,18 @@ class Registry:
             name: make_schedule(variant, scheduler).to(device) for name, variant in store.family.variants.items()
         }
         self.unet = UNet(self.config)
+        self.static = device != "cpu"  # CUDA graphs need the addresses to stay
         self.active: str | None = None
         self.switches = 0
         self.bind: Callable[[WeightSet], UNetFunction] | None = None
+        self.quantize: Callable[[WeightSet], WeightSet] | None = None
         self._bound: dict[str, UNetFunction] = {}
         self._sets: list[OrderedDict[str, WeightSet]] = [OrderedDict() for _ in tiers]
         self._loading: set[str] = set()
         self._failed: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._one_load = threading.Lock()  # two loads at once would need twice the host memory
+        self._one_load = threading.Lock()  # two loads at once would need twice the memory
+        self._stream = torch.cuda.Stream() if device != "cpu" else None  # of the loads, beside the steps
 
     def load(self, name: str) -> None:
         """Read a variant into memory, fusing a LoRA into a clean copy of the base. Raises KeyError for an unknown name,
@@ -90,7 +106,7 @@ class Registry:
                 return
             self._loading.add(name)
         try:
-            with self._one_load:
+            with self._one_load, torch.cuda.stream(self._stream):  # no stream, no effect
                 self._hold(name, self._read(variant), first_tier=0)
             with self._lock:
                 self._failed.pop(name, None)
@@ -174,6 +190,7 @@ class Registry:
                     held.pop(oldest[0], None)
                     self._bound.pop(oldest[0], None)
             placed = {key: _placed(tensor, tier) for key, tensor in weight_set.items()}  # no lock: gigabytes move here
+            self._wait()
             with self._lock:
                 held[name] = placed
             return
@@ -190,30 +207,57 @@ class Registry:
             return next(iter(held.items()))
 
     def _activate(self, weight_set: WeightSet) -> None:
-        on_cpu = self.device == "cpu"
-        if self.unet.unet.conv_in.weight.is_meta and not on_cpu:
-            self.unet.unet.to_empty(device=self.device).to(self.dtype, memory_format=torch.channels_last)
-        # By reference on the CPU: no copy at all. By copy on a GPU: CUDA graphs need the addresses to stay.
+        unet = self.unet.unet
+        if not self.static:
+            with torch.inference_mode():
+                unet.load_state_dict(weight_set, strict=True, assign=True)
+            return
+        if unet.conv_in.weight.is_meta:
+            unet.to(self.dtype).to_empty(device=self.device).to(memory_format=torch.channels_last)
+            self.unet.text_weights = share_text_weights(unet)
+            if self.quantize is not None:
+                fp8.place(unet, weight_set)
+        own = unet.state_dict()
+        plain = [key for key in own if type(own[key]) is Tensor]
         with torch.inference_mode():
-            if on_cpu:
-                self.unet.unet.load_state_dict(weight_set, strict=True, assign=True)
-            else:
-                for key, parameter in self.unet.unet.state_dict(keep_vars=True).items():
-                    parameter.data.copy_(weight_set[key], non_blocking=True)
+            # In few launches: one by one, 1,680 of them would take longer than the copy.
+            torch._foreach_copy_([own[key] for key in plain], [weight_set[key] for key in plain], non_blocking=True)
+            for key in own.keys() - set(plain):
+                own[key].copy_(weight_set[key])
+        self._wait()  # or the set might be evicted, and its memory used anew, before it is read
+
+    def bytes_of_a_set(self) -> int:
+        """What one weight set takes in memory: 5.1 GB for SDXL in float16."""
+        return sum(tensor.numel() for tensor in self.unet.unet.state_dict().values()) * self.dtype.itemsize
 
     def _read(self, variant: Variant) -> WeightSet:
-        state = weights.read(self.store.variant_file(variant.name))
-        unet = UNet2DConditionModel.from_config(self.config) if variant.kind == "lora" else None
-        if unet is not None:
-            fill(unet, weights.read(self.store.component_file("unet")), "unet")
+        # Straight to where it will be held, if it fits there: fused and laid out on the GPU, which is faster.
+        fits = self.bytes_of_a_set() <= self.tiers[0].budget
+        device = self.tiers[0].device if fits else "cpu"
+        state = weights.read(self.store.variant_file(variant.name), device)
+        if variant.kind == "lora":
+            with torch.device("meta"):  # of this thread alone; accelerate's way would be of all threads
+                unet = UNet2DConditionModel.from_config(self.config)
+            base = weights.read(self.store.component_file("unet"), device)
+            check_fit(unet, base, "unet")
+            # The published base is float16: fused in that, the sum is rounded once, as it would be on its way from
+            # float32 (and the LoRA's product once more, by 1/2048 of itself), at half of the 10 GB.
+            exact = torch.float16 if self.dtype is torch.float16 else torch.float32
+            unet.load_state_dict({key: tensor.to(exact) for key, tensor in base.items()}, assign=True)
             _fuse_lora(unet, state, variant)
             state = unet.state_dict()
         else:
             check_fit(self.unet.unet, state, variant.file)
-        return {
+        laid_out = {
             key: tensor.to(self.dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
             for key, tensor in state.items()
         }
+        return self.quantize(laid_out) if self.quantize is not None else laid_out
+
+    def _wait(self) -> None:
+        """Until the copies that this thread has begun are done."""
+        if self._stream is not None:
+            torch.cuda.current_stream().synchronize()
 
 
 def _fuse_lora(unet: Any, state: WeightSet, variant: Variant) -> None:
@@ -232,5 +276,5 @@ def _size(weight_set: WeightSet) -> int:
 
 
 def _placed(tensor: Tensor, tier: Tier) -> Tensor:
-    moved = tensor.to(tier.device, non_blocking=True)
+    moved = tensor.to(tier.device, non_blocking=True)  # to the host: into pinned memory
     return moved.pin_memory() if tier.pinned else moved

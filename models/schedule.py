@@ -2,23 +2,28 @@
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from models.catalog import PredictionType, Variant
+from models.catalog import Variant
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """timesteps: (N,) float32. sigmas: (N + 1,) float32, the last one 0. Row k of a batch at step i reads entry i."""
+    """timesteps: (N,) float32. sigmas: (N + 1,) float32, the last one 0.
+
+    table: (N, 4) float32, what a row of a batch reads at its step: timestep, sigma, the next sigma, and 1 where the
+    UNet predicts the clean latents, else 0. As numbers, so that one CUDA graph serves every variant.
+    """
 
     timesteps: Tensor
     sigmas: Tensor
-    prediction_type: PredictionType
+    table: Tensor
 
     def to(self, device: str) -> "Schedule":
         """The same tables on a device, so that gathering from them needs no host sync."""
-        return Schedule(self.timesteps.to(device), self.sigmas.to(device), self.prediction_type)
+        return Schedule(self.timesteps.to(device), self.sigmas.to(device), self.table.to(device))
 
 
 def make_schedule(variant: Variant, config: dict) -> Schedule:
@@ -33,7 +38,8 @@ def make_schedule(variant: Variant, config: dict) -> Schedule:
     timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
     if len(timesteps) != variant.steps or sigmas[-1] != 0:
         raise ValueError(f"variant {variant.name}: the scheduler made {len(timesteps)} timesteps for {variant.steps}")
-    return Schedule(timesteps, sigmas, variant.prediction_type)
+    predicts_sample = torch.full_like(timesteps, variant.prediction_type == "sample")
+    return Schedule(timesteps, sigmas, torch.stack([timesteps, sigmas[:-1], sigmas[1:], predicts_sample], dim=1))
 
 
 def model_input(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -41,11 +47,12 @@ def model_input(latents: Tensor, sigma: Tensor) -> Tensor:
     return latents / (sigma.view(-1, 1, 1, 1) ** 2 + 1) ** 0.5
 
 
-def euler_step(latents: Tensor, out: Tensor, sigma: Tensor, sigma_next: Tensor, predicts: PredictionType) -> Tensor:
+def euler_step(latents: Tensor, out: Tensor, sigma: Tensor, sigma_next: Tensor, predicts_sample: Tensor) -> Tensor:
     """Move latents from sigma to sigma_next, each row at its own step (Euler step, arXiv 2206.00364).
 
     latents, out: (B, 4, h, w) float32; `out` is what the UNet returned. sigma, sigma_next: (B,) float32.
+    predicts_sample: (B,), not 0 where `out` is the clean latents, 0 where it is the noise.
     """
     sigma, sigma_next = sigma.view(-1, 1, 1, 1), sigma_next.view(-1, 1, 1, 1)
-    clean = out if predicts == "sample" else latents - sigma * out
+    clean = torch.where(predicts_sample.view(-1, 1, 1, 1) != 0, out, latents - sigma * out)
     return clean + (latents - clean) * (sigma_next / sigma)  # sigma_next = 0 lands on the clean latents

@@ -131,11 +131,11 @@ class WeightStore:
         )
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name, on the CPU. Raises BadWeights for anything else."""
+def read(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name, on a device. Raises BadWeights for anything else."""
     check_header(path)
     try:
-        return safetensors.torch.load_file(path, device="cpu")
+        return safetensors.torch.load_file(path, device=device)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise BadWeights(f"{path.name} is not a whole safetensors file: {error}") from error
 

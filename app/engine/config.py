@@ -12,7 +12,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     dtype: str | None
     threads: int | None
     max_batch: int | None
-    device_budget: int
+    device_budget: int | None
     host_budget: int
     compile: bool
+    fp8: bool
     cache: str

@@ -87,12 +87,12 @@ class Costs(msgspec.Struct, frozen=True):
             encode=self.encode * by,
         )
 
-    def capped(self, batch: int) -> "Costs":
-        """The same table without the batch sizes above `batch`: larger ones do not fit into memory."""
+    def capped(self, step: int, decode: int) -> "Costs":
+        """The same table without the batch sizes above these: larger ones do not fit into memory."""
         return msgspec.structs.replace(
             self,
-            step={size: seconds for size, seconds in self.step.items() if size <= batch},
-            decode={size: seconds for size, seconds in self.decode.items() if size <= batch},
+            step={size: seconds for size, seconds in self.step.items() if size <= step},
+            decode={size: seconds for size, seconds in self.decode.items() if size <= decode},
         )
 
 

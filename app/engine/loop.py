@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,7 +39,9 @@ from app.engine.scheduler import plan
 from models.pipeline import Conditioning, Pipeline, UNetFunction
 from models.registry import Registry
 
+CHUNKS_BEHIND = 2  # a GPU's steps wait where more finished rows than so many decodes take wait for the decoder
 STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
+MANY = 1 << 30
 
 
 @dataclass(eq=False)
@@ -98,6 +100,7 @@ class Loop:
         self._retries: list[Call] = []
         self._when_idle: list[Callable[[], None]] = []
         self._lock = threading.Condition()
+        self._caps = {"denoise": MANY, "decode": MANY}  # rows of a call that fit into memory, as learned
         self._threads = torch.get_num_threads()  # of a lane; torch counts them per thread
 
     def post(self, message: ToEngine | Callable[[], None]) -> None:
@@ -117,6 +120,7 @@ class Loop:
     def serve(self) -> None:
         """Be a lane."""
         torch.set_num_threads(self._threads)
+        self.pipeline.use_stream()
         try:
             with self._lock:
                 while True:
@@ -154,9 +158,9 @@ class Loop:
         )
 
     def replace_costs(self, costs: Costs) -> None:
-        """Plan by a new table from now on, and tell the other side."""
-        self.costs = costs
-        self.send(Measured(costs))
+        """Plan by a new table from now on, without what was learned not to fit, and tell the other side."""
+        self.costs = costs.capped(self._caps["denoise"], self._caps["decode"])
+        self.send(Measured(self.costs))
 
     def _take(self, message: ToEngine | Callable[[], None]) -> None:
         match message:
@@ -188,7 +192,8 @@ class Loop:
         new = [row for row in idle if row.conditioning is None]
         if new and self._room("encode") > 0:  # all together: a call costs more than a prompt
             return self._start(Call("encode", new, self._encode, self._encoded))
-        todo = plan([row.row for row in idle if row.conditioning is not None], self.costs, now, self._room("denoise"))
+        room = 0 if self._decoder_is_behind(idle) else self._room("denoise")
+        todo = plan([row.row for row in idle if row.conditioning is not None], self.costs, now, room)
         for late in todo.refuse:
             self._fail(late.id, "expired")
         if todo.decode and self._room("decode") > 0:
@@ -208,6 +213,11 @@ class Loop:
             return min(free, 1 - flying[stage])  # one prompt cache; one module, with one variant's weights in it
         return free
 
+    def _decoder_is_behind(self, idle: list[Running]) -> bool:
+        """Whether the steps of a GPU, which go first there, must wait so that finished rows need not for ever."""
+        finished = sum(row.step == row.job.steps for row in idle)
+        return self.pipeline.device != "cpu" and finished > CHUNKS_BEHIND * self.costs.best_decode_batch
+
     def _start(self, call: Call) -> Call:
         for row in call.rows:
             row.busy = True
@@ -218,8 +228,8 @@ class Loop:
         self._flying.remove(call)
         for row in call.rows:
             row.busy = False
-        if isinstance(result, torch.OutOfMemoryError) and call.stage == "denoise":
-            self._shrink(call.rows)
+        if isinstance(result, Exception) and is_out_of_memory(result):
+            self._shrink(call, result)
         elif isinstance(result, Exception):
             self._isolate(call, result)
         else:
@@ -249,13 +259,16 @@ class Loop:
 
     def _denoise(self, unet: UNetFunction, rows: list[Running]) -> Tensor:
         schedule = self.registry.schedules[rows[0].job.variant]
+        for row in rows:
+            if row.latents is None and row.conditioning is not None:
+                row.conditioning = self.pipeline.project(unet, row.conditioning)
         latents = [
             self.pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
             if row.latents is None
             else row.latents
             for row in rows
         ]
-        step = torch.tensor([row.step for row in rows]).to(self.pipeline.device, non_blocking=True)
+        step = self.pipeline.to_device(torch.tensor([row.step for row in rows]))
         conditioning = [row.conditioning for row in rows if row.conditioning is not None]
         stepped = self.pipeline.denoise(unet, schedule, torch.stack(latents), step, conditioning)
         self.pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
@@ -302,13 +315,16 @@ class Loop:
                 for row in half:
                     row.busy = True
 
-    def _shrink(self, rows: Sequence[Running]) -> None:
+    def _shrink(self, call: Call, error: Exception) -> None:
         """Out of memory: nothing is lost, the rows stay on the board and the batch is smaller from now on."""
         torch.cuda.empty_cache()
-        if len(rows) == 1:
-            self._fail(rows[0].job.id, "out_of_memory")
+        if len(call.rows) == 1:
+            self._fail(call.rows[0].job.id, "out_of_memory")
+        elif call.stage in self._caps:
+            self._caps[call.stage] = min(self._caps[call.stage], len(call.rows) // 2)
+            self.replace_costs(self.costs)
         else:
-            self.replace_costs(self.costs.capped(len(rows) // 2))
+            self._isolate(call, error)
 
     def _fail(self, id: int, code: str, detail: str = "") -> None:
         if self.board.pop(id, None) is not None:
@@ -350,8 +366,14 @@ def _make(call: Call) -> tuple[Any, float]:
     return result, time.monotonic() - start
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device's memory did not suffice; CUDA and its libraries say so in their own words."""
+    words = ("ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
+
+
 def end_if_the_device_is_lost(error: Exception) -> None:
     """A CUDA error other than out-of-memory poisons its context for good: only a new process cures it."""
-    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+    if not is_out_of_memory(error) and (isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)):
         print(json.dumps({"event": "the device is lost; the engine ends", "error": str(error)}), file=sys.stderr)
         os._exit(70)  # EX_SOFTWARE; from any thread

@@ -13,19 +13,25 @@ REPEATS = 3  # after one call that is not counted; the fastest is kept, since a 
 
 
 def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, max_batch: int, lanes: int) -> Costs:
-    """Time the resident `variant` on square pictures of `pixels` a side, at batch sizes 1, 2, 4, ... max_batch."""
+    """Time the resident `variant` on square pictures of `pixels` a side, at batch sizes 1, 2, 4, ... max_batch, or as
+    far as memory goes. Raises torch.OutOfMemoryError if it is not enough for one picture."""
     unet, schedule = registry.use(variant), registry.schedules[variant]
     noise = pipeline.noise(0, pixels, pixels, schedule)
-    conditioning = pipeline.encode(["a warm-up"])[0]
+    conditioning = pipeline.project(unet, pipeline.encode(["a warm-up"])[0])
     step, decode = {}, {}
-    batch = 1
-    while batch <= max_batch:
+    batches = [1 << power for power in range(max_batch.bit_length())]
+    for batch in reversed(batches):  # the largest first: the memory of its graph has room for the others'
         latents = noise.repeat(batch, 1, 1, 1)
         index = torch.zeros(batch, dtype=torch.int64, device=pipeline.device)
         rows = [conditioning] * batch
-        step[batch] = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, index, rows))  # noqa: B023
-        decode[batch] = _seconds(pipeline, lambda: pipeline.decode(list(latents)))  # noqa: B023
-        batch *= 2
+        try:
+            step[batch] = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, index, rows))  # noqa: B023
+            decode[batch] = _seconds(pipeline, lambda: pipeline.decode(list(latents)))  # noqa: B023
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            step.pop(batch, None)
+            torch.cuda.empty_cache()
     prompts = iter(range(1000))
     encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {next(prompts)}"]))
     return Costs(step, decode, encode, pixels * pixels, lanes)

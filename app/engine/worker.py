@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from app.engine import cuda
 from app.engine.config import EngineConfig
 from app.engine.costs import Costs
 from app.engine.loop import Loop
@@ -23,6 +24,7 @@ from app.engine.warmup import measure
 from models import compiled
 from models.aoti import Broken
 from models.catalog import CATALOG, Family
+from models.fp8 import NoFp8, quantizer
 from models.pipeline import Pipeline
 from models.registry import OverBudget, Registry, Tier
 from models.weights import BadWeights, MissingWeights, WeightStore
@@ -90,21 +92,30 @@ def choose_dtype(config: EngineConfig, device: str) -> torch.dtype:
 
 
 def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe | None]:
-    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget, NoDevice."""
+    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget, NoDevice, NoFp8."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise NoDevice("DEVICE=cuda, but torch finds no CUDA device here: leave DEVICE out, or install CUDA's torch")
     threads = config.threads or len(os.sched_getaffinity(0))
     lanes = min(LANES, threads) if device == "cpu" else LANES
     torch.set_num_threads(max(1, threads // lanes))  # each lane's
+    if device == "cuda":
+        cuda.set_up(Path(config.cache))
     dtype, family = choose_dtype(config, device), choose_family(config, device)
     store = WeightStore(family, Path(config.directory) if config.directory else None)
     pipeline = Pipeline(store, device, dtype)
-    tiers = [Tier("cuda", config.device_budget), Tier("cpu", config.host_budget, pinned=True)]
-    registry = Registry(store, device, dtype, tiers if device == "cuda" else [Tier("cpu", config.host_budget)])
-    preload = list(family.variants) if family.name == "embedded" else [DEFAULT_VARIANT]
+    tiers = [Tier("cpu", config.host_budget, pinned=device == "cuda")]
+    if device == "cuda":
+        budget = cuda.spare_memory() if config.device_budget is None else config.device_budget
+        tiers = [Tier("cuda", budget), *tiers]
+    registry = Registry(store, device, dtype, tiers)
+    if config.fp8:
+        registry.quantize = quantizer()
+    preload = choose_preload(store)
     for name in preload:
         registry.load(name)
+    if device == "cuda":
+        cuda.prepare(pipeline, registry)
     recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and _compiles(family, device) else None
     if recipe is not None and recipe.is_built():
         _use_compiled(pipeline, registry, recipe, lanes)
@@ -112,6 +123,15 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
     loop = Loop(pipeline, registry, costs, wire.send, lanes)
     loop.compiled = registry.bind is not None
     return loop, recipe
+
+
+def choose_preload(store: WeightStore) -> list[str]:
+    """What is loaded before the first request: all that is here of the small model; of SDXL one variant, the default if
+    it is here, or if none is and it must be fetched."""
+    here = store.variants_here()
+    if store.family.name == "embedded" and here:
+        return here
+    return [DEFAULT_VARIANT] if DEFAULT_VARIANT in here or not here else here[:1]
 
 
 def _compiles(family: Family, device: str) -> bool:
@@ -122,6 +142,11 @@ def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, vari
     max_batch = config.max_batch or MAX_BATCH[pipeline.device]
     at_a_time = lanes if pipeline.device == "cpu" else 1  # on a GPU the lanes do different things
     return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch, at_a_time)
+
+
+def _measured_anew(config: EngineConfig, loop: Loop) -> Costs:
+    variant = next(row.name for row in loop.registry.status() if row.state == "resident")
+    return _measured(config, loop.pipeline, loop.registry, variant, loop.lanes)
 
 
 def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recipe, lanes: int) -> None:
@@ -145,8 +170,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
     def swap_in() -> None:
         _use_compiled(loop.pipeline, loop.registry, recipe, loop.lanes)
         loop.compiled = loop.registry.bind is not None
-        variant = next(row.name for row in loop.registry.status() if row.state == "resident")
-        loop.replace_costs(_measured(config, loop.pipeline, loop.registry, variant, loop.lanes))
+        loop.replace_costs(_measured_anew(config, loop))
         print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
 
     def wait() -> None:
@@ -169,7 +193,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     try:
         loop, recipe = build_loop(config, wire)
-    except (MissingWeights, BadWeights, OverBudget, NoDevice) as error:
+    except (MissingWeights, BadWeights, OverBudget, NoDevice, NoFp8, torch.OutOfMemoryError) as error:
         wire.last_word(Fatal(str(error)))
         raise SystemExit(f"the engine cannot start: {error}") from error
     wire.feed(loop)
@@ -178,6 +202,10 @@ def main() -> None:
     wire.send(Ready(family, loop.pipeline.device, dtype, loop.costs, loop.report()))
     if recipe is not None and not loop.compiled and compiled.can_build():
         compile_later(config, loop, recipe)
+    if loop.pipeline.device == "cuda":
+        cuda.record_from(loop.pipeline, cuda.SEEN_OFTEN)
+        if config.compile:
+            cuda.compile_later(loop, lambda: _measured_anew(config, loop))
     loop.run()
 
 

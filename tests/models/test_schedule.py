@@ -43,7 +43,7 @@ def test_our_steps_retrace_diffusers(name):
     for (sigma, sigma_next), t in zip(pairwise(schedule.sigmas), oracle.timesteps, strict=True):
         torch.testing.assert_close(model_input(ours, sigma.expand(2)), oracle.scale_model_input(theirs, t), **CLOSE)
         theirs = oracle.step(toy_unet(theirs), t, theirs).prev_sample
-        ours = euler_step(ours, toy_unet(ours), sigma.expand(2), sigma_next.expand(2), schedule.prediction_type)
+        ours = euler_step(ours, toy_unet(ours), sigma.expand(2), sigma_next.expand(2), schedule.table[0, 3].expand(2))
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 

@@ -1,0 +1,79 @@
+"""What a GPU is given before it serves, and what it is given later: a kernel for attention, graphs, compiled code."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from app.engine.costs import Costs
+from app.engine.loop import Loop
+from models.attention import use_fastest_attention
+from models.graphs import BUCKETS, Graphed, compiled, on_gpu
+from models.pipeline import STEPS_PRIORITY, Pipeline, advance
+from models.registry import Registry
+
+DECODED = BUCKETS[:3]  # a decode at 1024 px fills the GPU from one row on, and each row more takes about 2 GB
+SEEN_OFTEN, NEVER = 20, 1 << 62  # calls of a shape, after the warm-up, that make it worth a recording
+
+
+def set_up(cache: Path) -> None:
+    """Say where torch.compile keeps what it makes."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+
+
+def spare_memory() -> int:
+    """Bytes for weight sets: half of what is free once text encoders and VAE are there. The other half is for the
+    weights that run (5.1 GB for SDXL), activations and graphs."""
+    return torch.cuda.mem_get_info()[0] // 2
+
+
+def prepare(pipeline: Pipeline, registry: Registry) -> None:
+    """Choose the attention kernel, and replace the pipeline's functions by graphs: of the text encoders recorded here,
+    of step and decoder by the warm-up's measurements."""
+    _say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
+    pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_PRIORITY))
+    pipeline.decoder = Graphed(pipeline.decoder, on_gpu(0), DECODED)
+    pipeline.steps[registry.unet] = Graphed(partial(advance, registry.unet), on_gpu(STEPS_PRIORITY))
+    for bucket in reversed(BUCKETS):
+        pipeline.encode([f"warm-up {row} of {bucket}" for row in range(bucket)])
+
+
+def record_from(pipeline: Pipeline, often: int) -> None:
+    """From now on record only shapes that are asked for so often: clients choose the sizes of pictures."""
+    for graphed in (pipeline.text, pipeline.decoder, *pipeline.steps.values()):
+        assert isinstance(graphed, Graphed)
+        graphed.often = often
+
+
+def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
+    """Compile beside the service, the decoder first: it has most to gain. Each graph is replaced as soon as its better
+    one is recorded; at the end the costs are measured anew, between two calls."""
+    functions = [loop.pipeline.decoder, *loop.pipeline.steps.values()]
+    record_from(loop.pipeline, NEVER)  # a recording forbids the waits of the compiler's measurements
+
+    def settle() -> None:
+        loop.replace_costs(measured())
+        loop.compiled = True
+        _say("compiled code in place")
+
+    def work() -> None:
+        try:
+            for graphed in functions:
+                assert isinstance(graphed, Graphed)
+                graphed.improve(compiled(graphed.function))
+        except Exception as error:  # of a compiler: anything
+            _say("compilation failed; serving without what is missing", reason=str(error)[:500])
+        else:
+            loop.post(lambda: loop.when_idle(settle))
+        record_from(loop.pipeline, SEEN_OFTEN)
+
+    threading.Thread(target=work, daemon=True, name="compile").start()
+
+
+def _say(event: str, **more: object) -> None:
+    print(json.dumps({"event": event, **more}), file=sys.stderr, flush=True)

@@ -1,0 +1,155 @@
+"""Our GPU path against diffusers on this machine's GPU, with full-size SDXL of RANDOM weights. Three parts, each under
+nine minutes on a bare machine; each merges its figures into one file."""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench.gpu.report import headline, show
+from models.graphs import COMPILE_MODE
+
+if TYPE_CHECKING:
+    from bench.gpu.rig import Rig
+
+RESULTS = Path(__file__).parents[1] / "results" / "gpu.json"
+PARTS = ("check", "stages", "server")
+MINUTES = 8.5  # of a part, from the start of this process
+
+
+def parse() -> argparse.Namespace:
+    """The options; PART, OUT, RIG and TINY in the environment are their defaults."""
+    parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=os.environ.get("PART", "").split() or list(PARTS))
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="a .json, or a folder for gpu.json")
+    parser.add_argument("--rig", type=Path, default=os.environ.get("RIG"), help="where the random weights go, 12.3 GB")
+    parser.add_argument("--cache", type=Path, help="of torch.compile; inside the rig if absent")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of each part")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load on the server")
+    parser.add_argument("--mode", default=COMPILE_MODE, help="of torch.compile in `stages`; none: graphs of eager code")
+    parser.add_argument(
+        "--tiny", action="store_true", default=os.environ.get("TINY", "") not in ("", "0"),
+        help="a toy on the CPU, to try the script; its figures mean nothing and go to a temporary folder",
+    )  # fmt: skip
+    options = parser.parse_args()
+    if unknown := set(options.part) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    return options
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    options, began = parse(), time.monotonic()
+    if not options.tiny and not torch.cuda.is_available():
+        sys.exit(
+            "bench-gpu needs a CUDA GPU, and torch finds none here; TINY=1 tries the script on the CPU at toy size"
+        )
+    from bench.gpu.rig import build  # seconds of imports, for those who have a GPU
+
+    scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
+    out = scratch / "gpu.json" if options.tiny else _result_file(options.out)
+    rig = build(
+        options.rig or (scratch if options.tiny else Path(tempfile.gettempdir())) / "sdxl-random",
+        options.tiny,
+        "cpu" if options.tiny else "cuda",
+    )
+    print(f"the rig, of RANDOM weights, is in {rig.directory} after {time.monotonic() - began:.0f} s", flush=True)
+    about = _about(options.tiny)
+    results = {**_earlier(out, about, options.tiny), **about}
+    for part in options.part:
+        start = began if part == options.part[0] else time.monotonic()
+        end = start + 60 * options.minutes
+
+        def keep(found: dict[str, Any]) -> None:
+            """Write what there is, in case the time ends."""
+            took = round(time.monotonic() - start, 1)  # noqa: B023
+            results[part] = {**found, "took_s": took, "command": f"python -m bench.gpu --part {part}"}  # noqa: B023
+            results.update(headline(results))
+            out.write_text(json.dumps(results, indent=1) + "\n")
+
+        _release()
+        keep(run(part, rig, options, scratch, lambda: end - time.monotonic(), keep))  # noqa: B023
+    show(results, out.with_suffix(".md"))
+    print(f"written to {out} and {out.with_suffix('.md')}")
+    if not results.get("check", {}).get("passed", True):
+        sys.exit("check FAILED: the pictures are not right, so the figures are worth nothing")
+
+
+def run(
+    part: str,
+    rig: "Rig",
+    options: argparse.Namespace,
+    scratch: Path,
+    left: Callable[[], float],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """One part's figures. left: seconds. keep: takes what there is so far."""
+    cache = options.cache or rig.directory / "cache"
+    sizes = (128,) if options.tiny else (1024, 512)
+    if part == "server":
+        from bench.gpu.served import served
+
+        seconds = 1.0 if options.tiny else options.seconds
+        compile_s = 0.0 if options.tiny or options.mode == "none" else max(0.0, left() - 60 - 5 * seconds - 40)
+        return served(rig, scratch, cache, seconds, compile_s)
+    from bench.gpu.ours import Ours
+    from bench.gpu.peer import Peer
+
+    ours, peer = Ours(rig, cache), Peer(rig)
+    if part == "check":
+        from bench.gpu.check import check
+
+        return check(ours, peer, sizes[0])
+    from bench.gpu.stages import stages
+
+    return stages(ours, peer, sizes, left, keep, options.mode)
+
+
+def _release() -> None:
+    """Give back the GPU memory that nothing uses any more: the next part, or the server, is to find the card empty."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _result_file(out: Path | None) -> Path:
+    path = Path(out) if out else RESULTS
+    path = path if path.suffix == ".json" else path / "gpu.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _earlier(out: Path, about: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    """What other parts found on the same kind of GPU with the same software; it is merged with."""
+    for path in (out,) if tiny else (out, RESULTS):
+        if path.exists():
+            found = json.loads(path.read_text())
+            same = all(found.get(key) == about[key] for key in ("gpu", "torch", "diffusers", "weights"))
+            return found if same else {}
+    return {}
+
+
+def _about(tiny: bool) -> dict[str, Any]:
+    gpu: Any = None if tiny else torch.cuda.get_device_properties(0)
+    return {
+        "weights": "RANDOM, of the embedded model's size (a toy)" if tiny else "RANDOM, at SDXL's full size",
+        "gpu": "none: a toy on the CPU" if tiny else gpu.name,
+        "gpu_memory_gib": None if tiny else round(gpu.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+if __name__ == "__main__":
+    main()

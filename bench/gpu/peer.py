@@ -1,0 +1,57 @@
+"""diffusers' own pipeline on the rig: the oracle of `check` and the peer of `stages`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers.utils import logging
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bench.gpu.rig import Rig
+
+
+class Peer:
+    """StableDiffusionXLPipeline as SDXL-Lightning's model card sets it up, in channels_last and without a progress bar;
+    one for all variants: its UNet's weights are loaded over."""
+
+    def __init__(self, rig: Rig) -> None:
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        self.rig, self.variant = rig, ""
+        self.pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
+            rig.directory, torch_dtype=rig.dtype, use_safetensors=True, add_watermarker=False
+        ).to(rig.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.base_scheduler = self.pipeline.scheduler.config
+        for part in (self.pipeline.unet, self.pipeline.vae):
+            part.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def use(self, variant: str) -> None:
+        """Load a variant's weights and set its schedule."""
+        row = self.rig.family.variants[variant]
+        if variant != self.variant:
+            self.pipeline.unet.load_state_dict(load_file(self.rig.directory / row.file, device=self.rig.device))
+            self.variant = variant
+        self.pipeline.scheduler = EulerDiscreteScheduler.from_config(
+            self.base_scheduler, timestep_spacing="trailing", prediction_type=row.prediction_type
+        )
+
+    @torch.inference_mode()
+    def draw(self, variant: str, prompts: Sequence[str], seeds: Sequence[int], pixels: int) -> Tensor:
+        """Pictures (B, H, W, 3) uint8 on the host, from our noise: float32 from a CPU generator, then in its dtype."""
+        self.use(variant)
+        torch.backends.cudnn.benchmark = True  # ours has it on only while it records
+        side = pixels // 8
+        noise = [torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        images = self.pipeline(
+            list(prompts),
+            height=pixels,
+            width=pixels,
+            num_inference_steps=self.rig.family.variants[variant].steps,
+            guidance_scale=0,
+            latents=torch.cat(noise).to(self.rig.device, self.rig.dtype),
+            output_type="pt",  # the fastest way out: PIL images would cost a pass more
+        ).images
+        return (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

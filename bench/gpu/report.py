@@ -1,0 +1,63 @@
+"""The headline figures, and the tables."""
+
+from pathlib import Path
+from typing import Any
+
+HEADLINE = (  # key, part
+    ("images_per_s_4step_http_1024", "server"),
+    ("gpu_ms_4step_b1_1024", "stages"),
+    ("vae_decode_ms_1024", "stages"),
+    ("speedup_over_diffusers_eager", "stages"),
+    ("variant_switch_ms", "stages"),
+    ("ready_s", "server"),
+    ("psnr_db_vs_diffusers", "check"),
+    ("share_of_matmul_rate", "stages"),
+)
+ABOUT = ("weights", "gpu", "cuda", "torch", "diffusers", "transformers", "python", "date")
+
+
+def headline(results: dict[str, Any]) -> dict[str, Any]:
+    """What the project is judged by; None where its part has not run."""
+    return {key: results.get(part, {}).get(key) for key, part in HEADLINE}
+
+
+def show(results: dict[str, Any], path: Path) -> None:
+    """Write all of it as Markdown, and print it."""
+    lines = ["# GPU benchmark", "", *(f"- {name}: {results[name]}" for name in ABOUT if name in results), ""]
+    lines += _table(["figure", "value"], [[key, results.get(key)] for key, _ in HEADLINE])
+    stages = results.get("stages", {})
+    for title in ("ours", "ours_compiled", "diffusers"):
+        for pixels, table in stages.get(title, {}).items():
+            if isinstance(table, dict):
+                lines += ["", f"## {title.replace('_', ', ')}, {pixels} px", "", *_by_stage(table)]
+    for name in ("decode_folded_ms", "diffusers_compiled", "skipped"):
+        if stages.get(name):
+            lines += ["", f"{name.replace('_', ', ')}: {stages[name]}"]
+    server = {key: row for key, row in results.get("server", {}).items() if isinstance(row, dict) and "p50_ms" in row}
+    if server:
+        columns = list(next(iter(server.values())))
+        lines += ["", "## Over HTTP, with PNG", ""]
+        lines += _table(["load", *columns], [[key, *(row.get(c) for c in columns)] for key, row in server.items()])
+    text = "\n".join(lines) + "\n"
+    path.write_text(text)
+    print("\n" + text)
+
+
+def _by_stage(table: dict[str, Any]) -> list[str]:
+    lines = []
+    if "step" in table:
+        batches = sorted(table["step"], key=int)
+        stages = [name for name in ("text", "step", "decode", "images_per_s") if name in table]
+        rows = [
+            [name if name == "images_per_s" else f"{name}, ms", *(table[name].get(b) for b in batches)]
+            for name in stages
+        ]
+        lines += [*_table(["stage", *(f"batch {batch}" for batch in batches)], rows), ""]
+    elif "images_per_s" in table:
+        lines += [*_table(["batch", "images/s"], list(map(list, table["images_per_s"].items()))), ""]
+    return [*lines, *_table(["whole pictures", "ms"], list(map(list, table["ms"].items())))]
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    body = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in [head, *rows]]
+    return [body[0], "|" + "---|" * len(head), *body[1:]]

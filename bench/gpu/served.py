@@ -1,0 +1,111 @@
+"""The whole server over HTTP, with PNG: a real process, a real port, the same load generator as `make bench`."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bench.client import Client
+from bench.contenders import HOST, Contender
+from bench.gpu.rig import Rig
+from bench.load import Phase, closed_loop, open_loop
+from bench.work import EVEN_MIX, FOUR, Work, stream
+
+CLIENTS = 16
+READY_S = 120.0
+
+
+def served(rig: Rig, folder: Path, cache: Path, seconds: float, compile_s: float) -> dict[str, Any]:
+    """Start it, wait until it is ready and, for so many seconds more, until its compiled code is in place; load it."""
+    server = _server(rig, folder, cache)
+    start = time.monotonic()
+    server.start(folder)
+    try:
+        if not server.wait_ready(limit=READY_S):
+            raise RuntimeError(f"the server did not get ready: {server.last_words()}")
+        found: dict[str, Any] = {"ready_s": round(time.monotonic() - start, 2)}
+        asyncio.run(_one(server))
+        found["first_image_s"] = round(time.monotonic() - start, 2)
+        if compile_s:
+            print("before compilation:")
+            found["before_compilation"] = asyncio.run(_load(server, min(seconds, 8.0), whole=False))
+            in_place = server.wait_ready(lambda body: body["compiled"] is True, limit=compile_s)
+            found["all_graphs_ready_s"] = round(time.monotonic() - start, 1) if in_place else None
+        found |= asyncio.run(_load(server, seconds, whole=True))
+    finally:
+        server.end()
+        found_log = (folder / "ours.log").read_text(errors="replace")
+        print(found_log[-2000:])
+    found["images_per_s_4step_http_1024"] = found["closed, 16 clients, 4 steps"]["images_per_s"]
+    found["events"] = [json.loads(line) for line in found_log.splitlines() if line.startswith('{"event"')][:40]
+    return found
+
+
+def _server(rig: Rig, folder: Path, cache: Path) -> Contender:
+    environment = {
+        "HOST": HOST, "PORT": "{port}", "MODEL": rig.family.name, "MODEL_DIR": str(rig.directory),
+        "DEVICE": rig.device, "DTYPE": str(rig.dtype).removeprefix("torch."), "CACHE_DIR": str(cache),
+        "COMPILE": str(int(rig.device == "cuda")), "THREADS": "1" if rig.device == "cpu" else "8",
+        "PYTHONPATH": os.pathsep.join([_metadata(folder), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    return Contender("ours", [sys.executable, "-m", "app.cli", "serve"], "/ready", environment, rests=False)
+
+
+def _metadata(folder: Path) -> str:
+    """A folder that says which version this is, where the project runs from its checkout without being installed."""
+    try:
+        version("sdxl-lightning-server")
+    except PackageNotFoundError:
+        info = folder / "sdxl_lightning_server-0.1.0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sdxl-lightning-server\nVersion: 0.1.0\n")
+    return str(folder)
+
+
+async def _one(server: Contender) -> None:
+    async with server.turn() as client:
+        reply = await client.post(next(stream("one", FOUR)).body())
+        if reply.status != 200:
+            raise RuntimeError(f"no picture: {reply.status} {reply.body[:300]!r}")
+
+
+async def _load(server: Contender, seconds: float, whole: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def keep(title: str, phase: Phase) -> None:
+        row = {
+            "images_per_s": round(phase.images_per_s, 2),
+            **{f"p{percent}_ms": round(phase.percentile(percent)) for percent in (50, 95, 99) if phase.latencies_ms},
+            **{name: asdict(phase)[name] for name in ("answers", "refused", "failed")},
+            "load_generator_cpu": round(phase.generator_cpu, 2),
+        }
+        print(title, row, flush=True)
+        found[title] = row
+
+    async with server.turn() as client:
+        warm = min(3.0, seconds / 2)
+
+        async def closed(clients: int, mix: tuple[int, ...]) -> Phase:
+            work = stream(f"gpu {clients} {mix}", mix)
+            return await closed_loop(client, work, clients, seconds, warm)
+
+        keep("closed, 16 clients, 4 steps", await closed(CLIENTS, FOUR))
+        if whole:
+            keep("closed, 1 client, 4 steps", await closed(1, FOUR))
+            await _touch_all(client)
+            keep("closed, 16 clients, even mix of 1/2/4/8 steps", await closed(CLIENTS, EVEN_MIX))
+            rate = 0.8 * found["closed, 16 clients, 4 steps"]["images_per_s"]
+            phase = await open_loop(client, stream("gpu open", FOUR), rate, seconds, seed=0)
+            keep(f"open, 4 steps, {rate:.1f} requests/s (80 % of the closed loop)", phase)
+    return found
+
+
+async def _touch_all(client: Client) -> None:
+    """One picture of each variant, so that none is loaded while the mix is measured."""
+    for steps in EVEN_MIX:
+        await client.post(Work("a robot", steps, 0).body(timeout=60))
