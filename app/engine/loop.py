@@ -5,23 +5,20 @@ tell it what to do. The board is changed under one lock; tensors are worked on w
 """
 
 import gc
-import json
 import os
-import sys
 import threading
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from app.engine.calls import Call, Running, is_out_of_memory, make
 from app.engine.costs import Costs
-from app.engine.jobs import Job, Row
 from app.engine.messages import (
     Cancel,
     Done,
@@ -42,42 +39,6 @@ from models.registry import Registry
 CHUNKS_BEHIND = 2  # a GPU's steps wait where more finished rows than so many decodes take wait for the decoder
 STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
 MANY = 1 << 30
-
-
-@dataclass(eq=False)
-class Running:
-    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on.
-    busy: a lane has it, and nothing else may be done with it until the call lands."""
-
-    job: Job
-    arrived: float
-    step: int = 0
-    busy: bool = False
-    latents: Tensor | None = None
-    conditioning: Conditioning | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    batches: list[int] = field(default_factory=list)
-
-    @property
-    def row(self) -> Row:
-        """This job as the scheduler sees it."""
-        job = self.job
-        return Row(job.id, job.variant, job.height, job.width, job.deadline, job.steps - self.step)
-
-    def spent(self, stage: str, seconds: float) -> None:
-        """Count time towards a stage."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call on the device, by one lane: a stage of some rows. land: takes its result, under the lock."""
-
-    stage: str
-    rows: list[Running]
-    work: Callable[[list[Running]], Any]
-    land: Callable[[list[Running], Any, float, float], None]
-    start: float = field(default_factory=time.monotonic)
 
 
 class Loop:
@@ -132,7 +93,7 @@ class Loop:
                         self._lock.notify()  # there may be something for another lane, too
                     self._lock.release()
                     try:
-                        result, seconds = _make(call)
+                        result, seconds = make(call)
                     finally:
                         self._lock.acquire()
                     self._land(call, result, seconds)
@@ -353,27 +314,3 @@ class Loop:
     def _fail_variant(self, name: str, reason: str) -> None:
         for running in [running for running in self.board.values() if running.job.variant == name]:
             self._fail(running.job.id, "variant_unavailable", reason)
-
-
-def _make(call: Call) -> tuple[Any, float]:
-    """In a lane: the result of a call, or its error, and the seconds it took."""
-    start = time.monotonic()
-    try:
-        result = call.work(call.rows)
-    except Exception as error:
-        end_if_the_device_is_lost(error)
-        result = error
-    return result, time.monotonic() - start
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device's memory did not suffice; CUDA and its libraries say so in their own words."""
-    words = ("ALLOC_FAILED", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
-
-
-def end_if_the_device_is_lost(error: Exception) -> None:
-    """A CUDA error other than out-of-memory poisons its context for good: only a new process cures it."""
-    if not is_out_of_memory(error) and (isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)):
-        print(json.dumps({"event": "the device is lost; the engine ends", "error": str(error)}), file=sys.stderr)
-        os._exit(70)  # EX_SOFTWARE; from any thread
