@@ -90,7 +90,8 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, status: HTTPStatus, code: str, detail: str) -> None:
         """Answer and hang up; without a word where an answer would be taken for another request's."""
         is_answered = self.cycle is not None and self.scope is self.cycle.scope
-        if self._head > 0 and not is_answered:
+        is_behind = self._working is not None and not self._working.response_complete
+        if self._head > 0 and not is_answered and not is_behind:
             problem = {"type": "about:blank", "title": status.phrase, "status": status, "code": code, "detail": detail}
             body = json.dumps(problem).encode()
             head = (

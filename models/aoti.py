@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_TORCH = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+_TORCH = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 _DTYPES: dict[int, torch.dtype] = {
     getattr(_TORCH, f"aoti_torch_dtype_{name}")(): getattr(torch, name)
     for name in ("float32", "bfloat16", "float16", "int64", "uint8", "bool")
@@ -37,16 +37,23 @@ class Library:
     """
 
     def __init__(self, path: Path, callers: int = 1, constants: Mapping[str, Tensor] | None = None) -> None:
+        self._container = c_void_p()
+        self._handles: list[int | None] = []  # on the weights; the container does not own them
         try:
             self._code = ctypes.CDLL(str(path))
         except OSError as error:
             raise Broken(str(error)) from error
-        self._container = c_void_p()
         self._call("AOTInductorModelContainerCreateWithDevice", byref(self._container), c_size_t(callers), b"cpu", None)
         self._outputs = c_size_t()
         self._call("AOTInductorModelContainerGetNumOutputs", self._container, byref(self._outputs))
         if constants is not None:
             self._bind(constants)
+
+    def __del__(self) -> None:
+        if self._container:
+            self._code.AOTInductorModelContainerDelete(self._container)
+        for handle in self._handles:
+            _TORCH.aoti_torch_delete_tensor_object(c_void_p(handle))
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """inputs: laid out as the examples that the library was compiled with. Raises Broken."""
@@ -70,7 +77,8 @@ class Library:
                 raise Broken(f"no weights for {wanted}")
             tensor = constants[wanted]
             self._weights.append(tensor)
-            pairs[index] = _Constant(internal, _borrowed(tensor))
+            self._handles.append(_borrowed(tensor))
+            pairs[index] = _Constant(internal, self._handles[-1])
         update = "AOTInductorModelContainerUpdateUserManagedConstantBufferPairs"
         self._call(update, self._container, pairs, count, c_bool(False), c_bool(True))
 

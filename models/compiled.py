@@ -2,7 +2,7 @@
 
 The UNet is compiled without weights, for any batch size: each weight set is bound to the same code by reference. Text
 encoders and decoder never change, so theirs stay inside.
-On a GPU, and wherever no C++ compiler is found, everything runs as it is.
+Where no C++ compiler is found, or the cache cannot be written, everything runs as it is. A GPU has models/graphs.py.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import signal
 import subprocess
@@ -55,10 +56,7 @@ class Recipe:
         made_from: list[object] = [
             *(torch.__version__, diffusers.__version__, transformers.__version__, str(self.dtype)),
             *(platform.machine(), _cpu_flags(), torch.get_num_threads()),
-            *(
-                _digest(Path(__file__).with_name(name))
-                for name in ("compiled.py", "pipeline.py", "registry.py", "vectorised.py")
-            ),
+            *(_digest(Path(__file__).with_name(f"{name}.py")) for name in MADE_BY),
             self.store.family.size.default,
             self.store.config("unet"),
         ]
@@ -69,12 +67,13 @@ class Recipe:
 
     def is_built(self) -> bool:
         """Whether every part is in the cache."""
-        return all(self.library(part).is_file() for part in PARTS)
+        return all(os.access(self.library(part), os.R_OK) for part in PARTS)
 
 
-def can_build() -> bool:
-    """Whether this machine has the C++ compiler that torch calls."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+def can_build(cache: Path) -> bool:
+    """Whether this machine has the C++ compiler that torch calls, and the cache can be written."""
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and os.access(there, os.W_OK)
 
 
 def start_build(recipe: Recipe) -> subprocess.Popen[bytes]:
@@ -130,7 +129,10 @@ def load_unet(recipe: Recipe, callers: int = 1) -> Callable[[WeightSet], UNetFun
 
 def _sound(path: Path) -> Path:
     """The path of a library that is as it was written: a damaged one would take the process with it, not raise."""
-    written = path.read_bytes()
+    try:
+        written = path.read_bytes()
+    except OSError as error:  # another server has just deleted it
+        raise Broken(str(error)) from error
     if hashlib.sha256(written[:-DIGEST_BYTES]).digest() != written[-DIGEST_BYTES:]:
         raise Broken(f"{path.name} is damaged")
     return path
@@ -189,7 +191,8 @@ def _compile(module: nn.Module, example: tuple[Tensor, ...], path: Path, with_we
     with torch.no_grad():
         exported = torch.export.export(module.eval(), example, dynamic_shapes=tuple({0: batch} for _ in example))
         options = {"aot_inductor.package_constants_in_so": with_weights, "always_keep_tensor_constants": True}
-        package, unfinished = (path.with_suffix(f".{os.getpid()}.{kind}") for kind in ("pt2", "tmp"))
+        mine = secrets.token_hex(4)  # containers that share a cache may share process ids, too
+        package, unfinished = (path.with_suffix(f".{mine}.{kind}") for kind in ("pt2", "tmp"))
         aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
     with zipfile.ZipFile(package) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".so"))

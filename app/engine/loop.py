@@ -141,14 +141,16 @@ class Loop:
         """What this lane does next, or None."""
         while self._inbox:
             self._take(self._inbox.popleft())
-        if self._when_idle:
+        if self._when_idle and not self._retries:  # it may change the weights that a retry was given
             if self._flying:
                 return None  # let what flies land first
             self._when_idle.pop(0)()
         now = time.monotonic()
         self._tend_loading(now)
-        if self._retries and self._room(self._retries[-1].stage) > 0:
-            return self._start(self._retries.pop())
+        retry = next((call for call in self._retries if self._room(call.stage) > 0), None)
+        if retry is not None:
+            self._retries.remove(retry)
+            return self._start(retry)
         idle = [row for row in self.board.values() if not row.busy and self.registry.is_resident(row.job.variant)]
         new = [row for row in idle if row.conditioning is None]
         if new and self._room("encode") > 0:  # all together: a call costs more than a prompt
@@ -158,7 +160,9 @@ class Loop:
         for late in todo.refuse:
             self._fail(late.id, "expired")
         if todo.decode and self._room("decode") > 0:
-            rows = [self.board[row.id] for row in todo.decode[: self.costs.best_decode_batch]]
+            first = todo.decode[0]
+            alike = [row for row in todo.decode if (row.height, row.width) == (first.height, first.width)]
+            rows = [self.board[row.id] for row in alike[: self.costs.best_decode_batch]]
             return self._start(Call("decode", rows, self._decode, self._decoded))
         if todo.step:
             return self._start_step([self.board[row.id] for row in todo.step])
@@ -266,10 +270,11 @@ class Loop:
 
     def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""
-        rows = [row for row in call.rows if self._is_here(row)]
-        if len(rows) == 1:
-            self._fail(rows[0].job.id, "failed", type(error).__name__)
+        if len(call.rows) == 1:
+            traceback.print_exception(error)
+            self._fail(call.rows[0].job.id, "failed", type(error).__name__)
             return
+        rows = [row for row in call.rows if self._is_here(row)]
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             if half:
                 self._retries.append(Call(call.stage, half, call.work, call.land))

@@ -140,13 +140,16 @@ def _compiles(family: Family, device: str) -> bool:
 
 def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, variant: str, lanes: int) -> Costs:
     max_batch = config.max_batch or MAX_BATCH[pipeline.device]
-    at_a_time = lanes if pipeline.device == "cpu" else 1  # on a GPU the lanes do different things
+    at_a_time = 1 if registry.bind is None else lanes  # else the lanes do different things: one module steps at a time
     return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch, at_a_time)
 
 
 def _measured_anew(config: EngineConfig, loop: Loop) -> Costs:
-    variant = next(row.name for row in loop.registry.status() if row.state == "resident")
-    return _measured(config, loop.pipeline, loop.registry, variant, loop.lanes)
+    return _measured(config, loop.pipeline, loop.registry, _resident(loop.registry), loop.lanes)
+
+
+def _resident(registry: Registry) -> str:
+    return next(row.name for row in registry.status() if row.state == "resident")
 
 
 def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recipe, lanes: int) -> None:
@@ -154,7 +157,7 @@ def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recip
     try:
         text, decoder = compiled.load_text(recipe), compiled.load_decoder(recipe, callers=lanes)
         bind = compiled.load_unet(recipe, callers=lanes)
-        bind(registry.weight_set(DEFAULT_VARIANT))
+        bind(registry.weight_set(_resident(registry)))
     except Broken as error:
         compiled.forget(recipe)
         print(json.dumps({"event": "compiled code is unusable; deleted", "reason": str(error)[:200]}), file=sys.stderr)
@@ -171,7 +174,8 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
         _use_compiled(loop.pipeline, loop.registry, recipe, loop.lanes)
         loop.compiled = loop.registry.bind is not None
         loop.replace_costs(_measured_anew(config, loop))
-        print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
+        if loop.compiled:
+            print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
 
     def wait() -> None:
         _, errors = building.communicate()
@@ -200,7 +204,7 @@ def main() -> None:
     family = loop.registry.store.family.name
     dtype = str(loop.pipeline.dtype).removeprefix("torch.")
     wire.send(Ready(family, loop.pipeline.device, dtype, loop.costs, loop.report()))
-    if recipe is not None and not loop.compiled and compiled.can_build():
+    if recipe is not None and not loop.compiled and compiled.can_build(recipe.cache):
         compile_later(config, loop, recipe)
     if loop.pipeline.device == "cuda":
         cuda.record_from(loop.pipeline, cuda.SEEN_OFTEN)

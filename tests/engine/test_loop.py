@@ -73,6 +73,22 @@ def test_a_row_that_fails_fails_alone(pipeline):
     assert sent.done() == {0, 1, 3, 4}
 
 
+def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipeline, monkeypatch):
+    loop, sent = make_loop(pipeline, "2step-unet")
+    encode = pipeline.encode
+
+    def fails_once_together(prompts):
+        if len(prompts) > 1:
+            loop.post(Cancel([1]))
+            raise RuntimeError("two at a time are too many")
+        return encode(prompts)
+
+    monkeypatch.setattr(pipeline, "encode", fails_once_together)
+    loop.post(Submit([job(0), job(1)]))
+    serve(loop, sent, 1)
+    assert (sent.done(), sent.failed()) == ({0}, {})
+
+
 def test_a_cancelled_row_leaves_and_its_neighbours_stay(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
     loop.post(Submit([job(0), job(1), job(2)]))

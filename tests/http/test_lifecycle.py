@@ -245,12 +245,12 @@ def test_damaged_compiled_code_is_deleted_and_the_server_serves_without_it(start
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the server has; it is part of the file's name
     recipe = compiled.Recipe(WeightStore(CATALOG["embedded"]), torch.float32, tmp_path)
-    packages = [recipe.package(part) for part in compiled.PARTS]
+    libraries = [recipe.library(part) for part in compiled.PARTS]
     torch.set_num_threads(threads)
-    for package in packages:
-        package.write_bytes(GARBAGE)
+    for library in libraries:
+        library.write_bytes(GARBAGE)
     server = start_server(COMPILE="1", CACHE_DIR=str(tmp_path)).wait_until_ready()
     assert server.generate().status_code == 200
     assert any("unusable" in line["event"] for line in server.log_lines())
-    assert not any(package.exists() and package.read_bytes() == GARBAGE for package in packages)  # gone, or built anew
+    assert not any(library.exists() and library.read_bytes() == GARBAGE for library in libraries)  # gone, or built anew
     assert server.metrics()["sdxl_engine_restarts_total"] == 0
