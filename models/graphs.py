@@ -78,6 +78,8 @@ class Graphed:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if function is not None:
+                raise  # the graph there is stays: faster than a call of this
             log.warning("%d rows cannot be recorded and will be called: %s", bucket, error)
             replay, outputs = by_calling(over_the_inputs)
         with _one_capture, self._lock:
@@ -144,15 +146,19 @@ def on_gpu(priority: int) -> Recorder:
             torch.cuda.synchronize()  # the inputs were made on another stream
         torch.backends.cudnn.benchmark = True  # only here: elsewhere each new shape would wait for it
         torch.backends.cudnn.benchmark_limit = TRIALS
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads load weights and decode meanwhile, with allocations that a capture forbids.
-        with _one_capture, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = call()
-        torch.backends.cudnn.benchmark = False
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    call()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local": other threads load weights and decode meanwhile, with allocations that a capture forbids.
+            with _one_capture, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = call()
+        finally:
+            torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind where a capture fails
+            torch.backends.cudnn.benchmark = False
         return graph.replay, outputs
 
     return record

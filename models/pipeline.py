@@ -219,7 +219,8 @@ class Pipeline:
         pixels, sound = self._decode(self.decoder, latents)
         if self.dtype is torch.float16 and not sound.all():
             # Made anew each time, 0.3 GB for SDXL: with weights that are right for float16 it is never needed.
-            exact = Decoder(copy.deepcopy(self.vae.vae).float(), self.vae.scaling_factor, torch.float32)
+            with torch.cuda.stream(self._decode_stream):  # which reads them; no stream, no effect
+                exact = Decoder(copy.deepcopy(self.vae.vae).float(), self.vae.scaling_factor, torch.float32)
             for row in (~sound).nonzero().flatten().tolist():
                 pixels[row : row + 1], sound[row : row + 1] = self._decode(exact, latents[row : row + 1])
         return pixels, sound

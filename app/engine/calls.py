@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,13 +59,17 @@ def make(call: Call) -> tuple[Any, float]:
         result = call.work(call.rows)
     except Exception as error:
         end_if_the_device_is_lost(error)
+        for each in (error, error.__context__):  # their frames hold the failed call's tensors
+            if each is not None:
+                traceback.clear_frames(each.__traceback__)
         result = error
     return result, time.monotonic() - start
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the device's memory did not suffice; CUDA and its libraries say so in their own words."""
-    words = ("ALLOC_FAILED", "CUDA error: out of memory")
+    # The last is cuDNN's, where no way to convolve finds room for its workspace.
+    words = ("ALLOC_FAILED", "CUDA error: out of memory", "unable to find an engine")
     return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 

@@ -19,6 +19,7 @@ from models.registry import Registry
 
 DECODED = BUCKETS[:3]  # a decode at 1024 px fills the GPU from one row on, and each row more takes about 2 GB
 SEEN_OFTEN, NEVER = 20, 1 << 62  # calls of a shape, after the warm-up, that make it worth a recording
+SWITCH_S = 1e-4  # how long a thread keeps the interpreter from others while a compiler runs
 
 
 def set_up(cache: Path) -> None:
@@ -62,6 +63,10 @@ def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
         _say("compiled code in place")
 
     def work() -> None:
+        usual = sys.getswitchinterval()
+        # Each call of torch lets go of the interpreter's lock, and would wait so long to have it back from a compiler
+        # in Python: 5 ms, some 20 times a step.
+        sys.setswitchinterval(SWITCH_S)
         try:
             for graphed in functions:
                 assert isinstance(graphed, Graphed)
@@ -70,6 +75,8 @@ def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
             _say("compilation failed; serving without what is missing", reason=str(error)[:500])
         else:
             loop.post(lambda: loop.when_idle(settle))
+        finally:
+            sys.setswitchinterval(usual)
         record_from(loop.pipeline, SEEN_OFTEN)
 
     threading.Thread(target=work, daemon=True, name="compile").start()

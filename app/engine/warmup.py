@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from app.engine.calls import is_out_of_memory
 from app.engine.costs import Costs
 from models.pipeline import Pipeline
 from models.registry import Registry
@@ -27,11 +28,12 @@ def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, m
         try:
             step[batch] = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, index, rows))  # noqa: B023
             decode[batch] = _seconds(pipeline, lambda: pipeline.decode(list(latents)))  # noqa: B023
-        except torch.OutOfMemoryError:
-            if batch == 1:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if batch == 1 or not is_out_of_memory(error):
                 raise
             step.pop(batch, None)
-            torch.cuda.empty_cache()
+        if batch not in decode:
+            torch.cuda.empty_cache()  # not above: until there, the error holds the tensors of the call that failed
     encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {time.monotonic_ns()}"]))  # new: none is cached
     return Costs(step, decode, encode, pixels * pixels, lanes)
 

@@ -128,7 +128,7 @@ def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     owner, _, kind = name.rpartition(".")
     if tensor.ndim < 2:
         tensor.fill_(kind == "weight")
-    elif "embedding." in f"{owner}.":  # token and position tables; a time embedding's layers are called linear_1, _2
+    elif owner.endswith("_embedding"):  # token and position tables; a time embedding's layers are called linear_1, _2
         tensor.normal_(generator=generator)
     else:
         gain = HEARD if owner.endswith(PROMPT) else DAMPED if owner.endswith(RESIDUAL) else 1.0
