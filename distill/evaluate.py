@@ -223,7 +223,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(
-    runs: Path = Path("runs"), docs: Path = Path("docs"), count: int = 1000, only: tuple[str, ...] = (), judging=1500
+    runs: Path = Path("runs"), docs: Path = Path("docs"), count: int = 1000, only: tuple[str, ...] = (), judging=3000
 ) -> None:
     """Measure every row (or the models named in `only`, keeping the other rows of an earlier run)."""
     torch.manual_seed(0)
