@@ -19,7 +19,8 @@ RESULTS = Path(__file__).with_name("results")
 HEADER = ("contender", "images/s", "p50 ms", "p95 ms", "p99 ms", "answers", "refused", "failed", "settings")
 RULES = """\
 Every contender: the same weights, prompts, seeds and order; a seed for each request; PNG by fpng; {threads} torch
-threads and one long-lived inference thread; channels_last, inference_mode, no guidance, no progress bars; warmed up.
+threads, in one long-lived inference thread (ours: in two of one each); channels_last, inference_mode, no guidance, no
+progress bars; warmed up.
 Peers run diffusers' pipeline as it is, not compiled, one in memory for each variant. Loads go round by round from one
 contender to the next; medians over {rounds} rounds of {seconds:g} s. The load generator (asyncio, raw HTTP/1.1) shares
 the cores with the servers; resting peers are stopped (SIGSTOP). Prompts are drawn from all {prompts} of the vocabulary;
