@@ -22,6 +22,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def say(event: str, **fields: object) -> None:
+    """One line from the engine process, which has no logging set up: stderr is the HTTP process's own."""
+    print(json.dumps({"event": event, **fields}), file=sys.stderr, flush=True)
+
+
 def set_up(level: str) -> None:
     """Send everything from `level` up to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)

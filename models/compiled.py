@@ -33,7 +33,7 @@ from models import weights
 from models.aoti import Broken, Library
 from models.catalog import CATALOG
 from models.pipeline import Pipeline, UNetFunction
-from models.registry import Registry, Tier, UNet, WeightSet
+from models.registry import Registry, Tier, WeightSet
 from models.vectorised import fold_upsamplers, vectorise
 
 LARGEST_BATCH = 32  # rows; the code is right for any batch up to here (diffusers branches at 64)
@@ -169,11 +169,11 @@ def build(recipe: Recipe) -> None:
         vectorise(registry.unet)
         # Written out, softmax(q k) v fuses with its neighbours: 0.85 of the time of torch's own kernel at batch 16.
         registry.unet.unet.set_attn_processor(AttnProcessor())
-        example = _unet_example(registry.unet, pipeline, recipe.store.family.size.default)
+        example = _unet_example(pipeline, recipe.store.family.size.default)
         _compile(registry.unet, example, recipe.library("unet"), with_weights=False)
 
 
-def _unet_example(unet: UNet, pipeline: Pipeline, pixels: int) -> tuple[Tensor, ...]:
+def _unet_example(pipeline: Pipeline, pixels: int) -> tuple[Tensor, ...]:
     side, row = pixels // pipeline.vae_scale, pipeline.encode([""])[0]
     batch = 2  # not 1: export would take a batch of one for a constant
     latents = torch.zeros(batch, pipeline.latent_channels, side, side, dtype=pipeline.dtype)

@@ -1,8 +1,6 @@
 """A job on the board, a call on the device, and what became of it."""
 
-import json
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from app.engine.jobs import Job, Row
+from app.logs import say
 from models.pipeline import Conditioning
 
 
@@ -76,5 +75,5 @@ def is_out_of_memory(error: Exception) -> bool:
 def end_if_the_device_is_lost(error: Exception) -> None:
     """A CUDA error other than out-of-memory poisons its context for good: only a new process cures it."""
     if not is_out_of_memory(error) and (isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)):
-        print(json.dumps({"event": "the device is lost; the engine ends", "error": str(error)}), file=sys.stderr)
+        say("the device is lost; the engine ends", error=str(error))
         os._exit(70)  # EX_SOFTWARE; from any thread

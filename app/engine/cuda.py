@@ -1,6 +1,5 @@
 """What a GPU is given before it serves, and what it is given later: a kernel for attention, graphs, compiled code."""
 
-import json
 import os
 import sys
 import threading
@@ -12,6 +11,7 @@ import torch
 
 from app.engine.costs import Costs
 from app.engine.loop import Loop
+from app.logs import say
 from models.attention import use_fastest_attention
 from models.graphs import BUCKETS, Graphed, compiled, on_gpu
 from models.pipeline import STEPS_PRIORITY, Pipeline, advance
@@ -36,7 +36,7 @@ def spare_memory() -> int:
 def prepare(pipeline: Pipeline, registry: Registry) -> None:
     """Choose the attention kernel, and replace the pipeline's functions by graphs: of the text encoders recorded here,
     of step and decoder by the warm-up's measurements."""
-    _say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
+    say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
     pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_PRIORITY))
     pipeline.decoder = Graphed(pipeline.decoder, on_gpu(0), DECODED)
     pipeline.steps[registry.unet] = Graphed(partial(advance, registry.unet), on_gpu(STEPS_PRIORITY))
@@ -60,7 +60,7 @@ def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
     def settle() -> None:
         loop.replace_costs(measured())
         loop.compiled = True
-        _say("compiled code in place")
+        say("compiled code in place")
 
     def work() -> None:
         usual = sys.getswitchinterval()
@@ -72,7 +72,7 @@ def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
                 assert isinstance(graphed, Graphed)
                 graphed.improve(compiled(graphed.function))
         except Exception as error:  # of a compiler: anything
-            _say("compilation failed; serving without what is missing", reason=str(error)[:500])
+            say("compilation failed; serving without what is missing", reason=str(error)[:500])
         else:
             loop.post(lambda: loop.when_idle(settle))
         finally:
@@ -80,7 +80,3 @@ def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
         record_from(loop.pipeline, SEEN_OFTEN)
 
     threading.Thread(target=work, daemon=True, name="compile").start()
-
-
-def _say(event: str, **more: object) -> None:
-    print(json.dumps({"event": event, **more}), file=sys.stderr, flush=True)

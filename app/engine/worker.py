@@ -3,7 +3,6 @@
 Run by app.engine.client as `python -m app.engine.worker FD CONFIG`.
 """
 
-import json
 import os
 import queue
 import signal
@@ -21,6 +20,7 @@ from app.engine.costs import Costs
 from app.engine.loop import Loop
 from app.engine.messages import Fatal, FromEngine, Ready, frame, receive
 from app.engine.warmup import measure
+from app.logs import say
 from models import compiled
 from models.aoti import Broken
 from models.catalog import CATALOG, Family
@@ -111,15 +111,14 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
     registry = Registry(store, device, dtype, tiers)
     if config.fp8:
         registry.quantize = quantizer()
-    preload = choose_preload(store)
-    for name in preload:
+    for name in choose_preload(store):
         registry.load(name)
     if device == "cuda":
         cuda.prepare(pipeline, registry)
     recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and _compiles(family, device) else None
     if recipe is not None and recipe.is_built():
         _use_compiled(pipeline, registry, recipe, lanes)
-    costs = _measured(config, pipeline, registry, preload[0], lanes)
+    costs = _measured(config, pipeline, registry, lanes)
     loop = Loop(pipeline, registry, costs, wire.send, lanes)
     loop.compiled = registry.bind is not None
     return loop, recipe
@@ -138,14 +137,10 @@ def _compiles(family: Family, device: str) -> bool:
     return device == "cpu" and family.name == "embedded"
 
 
-def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, variant: str, lanes: int) -> Costs:
+def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, lanes: int) -> Costs:
     max_batch = config.max_batch or MAX_BATCH[pipeline.device]
     at_a_time = 1 if registry.bind is None else lanes  # else the lanes do different things: one module steps at a time
-    return measure(pipeline, registry, variant, registry.store.family.size.default, max_batch, at_a_time)
-
-
-def _measured_anew(config: EngineConfig, loop: Loop) -> Costs:
-    return _measured(config, loop.pipeline, loop.registry, _resident(loop.registry), loop.lanes)
+    return measure(pipeline, registry, _resident(registry), registry.store.family.size.default, max_batch, at_a_time)
 
 
 def _resident(registry: Registry) -> str:
@@ -160,7 +155,7 @@ def _use_compiled(pipeline: Pipeline, registry: Registry, recipe: compiled.Recip
         bind(registry.weight_set(_resident(registry)))
     except Broken as error:
         compiled.forget(recipe)
-        print(json.dumps({"event": "compiled code is unusable; deleted", "reason": str(error)[:200]}), file=sys.stderr)
+        say("compiled code is unusable; deleted", reason=str(error)[:200])
         return
     pipeline.text, pipeline.decoder = text, decoder
     registry.use_compiled(bind)
@@ -173,9 +168,9 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
     def swap_in() -> None:
         _use_compiled(loop.pipeline, loop.registry, recipe, loop.lanes)
         loop.compiled = loop.registry.bind is not None
-        loop.replace_costs(_measured_anew(config, loop))
+        loop.replace_costs(_measured(config, loop.pipeline, loop.registry, loop.lanes))
         if loop.compiled:
-            print(json.dumps({"event": "compiled code in place"}), file=sys.stderr, flush=True)
+            say("compiled code in place")
 
     def wait() -> None:
         _, errors = building.communicate()
@@ -183,7 +178,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
             loop.post(lambda: loop.when_idle(swap_in))
         else:
             last = errors.decode(errors="replace").strip().splitlines()[-1:]
-            print(json.dumps({"event": "compilation failed; serving without it", "reason": last}), file=sys.stderr)
+            say("compilation failed; serving without it", reason=last)
 
     threading.Thread(target=wait, daemon=True, name="compile").start()
 
@@ -209,7 +204,7 @@ def main() -> None:
     if loop.pipeline.device == "cuda":
         cuda.record_from(loop.pipeline, cuda.SEEN_OFTEN)
         if config.compile:
-            cuda.compile_later(loop, lambda: _measured_anew(config, loop))
+            cuda.compile_later(loop, lambda: _measured(config, loop.pipeline, loop.registry, loop.lanes))
     loop.run()
 
 
