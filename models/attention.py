@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # SDXL's transformer blocks at 1024 px: how many, heads, tokens; every head has 64 channels (its config.json). Each
 # block attends to itself and to the 77 tokens of the prompt.
@@ -57,6 +59,13 @@ def share_text_weights(unet: nn.Module) -> Tensor:
             linear.weight = nn.Parameter(shared[start : start + width], requires_grad=False)
             start += width
     return shared
+
+
+def without_masks(encoder: PreTrainedModel) -> None:
+    """Let a text encoder be causal by torch's flag alone. While a CUDA graph is recorded transformers 5.17 takes a mask
+    instead (masking_utils, is_tracing), so other kernels would be recorded than were warmed up; 5.23 does not."""
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)  # of this name, transformers has no masks
+    encoder.set_attn_implementation("sdpa_without_mask")
 
 
 def use_fastest_attention(dtype: torch.dtype) -> dict[str, float]:

@@ -20,6 +20,8 @@ BUCKETS = (1, 2, 4, 8)  # rows
 FULL = 0.75  # above this share a bucket is padded; else the rows are split: 7 run as 8, but 6 as 4 + 2 and 3 as 2 + 1
 GRAPHS_KEPT = 16  # of one function: four sizes of pictures. The least recently used goes.
 COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graphs are ours
+# A mode of our own, minutes faster: it tunes matrix products alone. A mode of torch's overrides torch._inductor.config.
+QUICK = "quick"
 TRIALS = 4  # of its ways to compute a convolution that cuDNN times, the most promising first; 10 by default
 WARM_UPS = 2  # calls before a recording, in which libraries choose their algorithms and torch.compile compiles
 
@@ -142,6 +144,7 @@ def on_gpu(priority: int) -> Recorder:
     stream, pool = torch.cuda.Stream(priority=priority), torch.cuda.graph_pool_handle()
 
     def record(call: Callable[[], Rows]) -> tuple[Callable[[], object], Rows]:
+        nonlocal pool
         with _one_capture:  # to synchronize the device during a capture would be an error
             torch.cuda.synchronize()  # the inputs were made on another stream
         torch.backends.cudnn.benchmark = True  # only here: elsewhere each new shape would wait for it
@@ -156,6 +159,10 @@ def on_gpu(priority: int) -> Recorder:
             # "thread_local": other threads load weights and decode meanwhile, with allocations that a capture forbids.
             with _one_capture, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = call()
+        except RuntimeError:
+            if _was_abandoned(pool):
+                pool = torch.cuda.graph_pool_handle()  # that of pinned memory still takes the old one for busy
+            raise
         finally:
             torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind where a capture fails
             torch.backends.cudnn.benchmark = False
@@ -164,9 +171,35 @@ def on_gpu(priority: int) -> Recorder:
     return record
 
 
+def _was_abandoned(pool: tuple[int, int]) -> bool:
+    """Whether a capture into this pool failed in CUDAGraph.capture_end. Before torch 2.12 that leaves allocator and
+    random generator as if it went on: each later capture, empty_cache() and random number would fail. Cures it."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return False  # it has ended in good order, or never began
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())  # a clone is not capturing
+    return True
+
+
+def release_cached_memory() -> None:
+    """torch.cuda.empty_cache(), but not while another thread records: there it is an error that ends the process."""
+    with _one_capture:
+        torch.cuda.empty_cache()
+
+
 def compiled(function: Callable[..., Any], mode: str = COMPILE_MODE) -> Callable[..., Any]:
     """The function through torch.compile, which works at the first call of each shape: minutes, or seconds where
     TORCHINDUCTOR_CACHE_DIR has the result."""
+    if mode == QUICK:
+        return torch.compile(
+            function,
+            fullgraph=True,
+            dynamic=False,
+            options={"max_autotune_gemm": True, "coordinate_descent_tuning": False},
+        )
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 

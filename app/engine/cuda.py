@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from app.engine.costs import Costs
 from app.engine.loop import Loop
 from app.logs import say
-from models.attention import use_fastest_attention
+from models.attention import use_fastest_attention, without_masks
 from models.graphs import BUCKETS, Graphed, compiled, on_gpu
-from models.pipeline import STEPS_PRIORITY, Pipeline, advance
+from models.pipeline import STEPS_PRIORITY, Pipeline, TextEncoders, advance
 from models.registry import Registry
 
 DECODED = BUCKETS[:3]  # a decode at 1024 px fills the GPU from one row on, and each row more takes about 2 GB
@@ -37,6 +38,10 @@ def prepare(pipeline: Pipeline, registry: Registry) -> None:
     """Choose the attention kernel, and replace the pipeline's functions by graphs: of the text encoders recorded here,
     of step and decoder by the warm-up's measurements."""
     say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
+    assert isinstance(pipeline.text, TextEncoders)
+    for encoder in (pipeline.text.first, pipeline.text.second):
+        assert isinstance(encoder, PreTrainedModel)
+        without_masks(encoder)
     pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_PRIORITY))
     pipeline.decoder = Graphed(pipeline.decoder, on_gpu(0), DECODED)
     pipeline.steps[registry.unet] = Graphed(partial(advance, registry.unet), on_gpu(STEPS_PRIORITY))

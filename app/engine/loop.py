@@ -33,6 +33,7 @@ from app.engine.messages import (
     Worked,
 )
 from app.engine.scheduler import plan
+from models.graphs import release_cached_memory
 from models.pipeline import Conditioning, Pipeline, UNetFunction
 from models.registry import Registry
 
@@ -283,7 +284,7 @@ class Loop:
 
     def _shrink(self, call: Call, error: Exception) -> None:
         """Out of memory: nothing is lost, the rows stay on the board and the batch is smaller from now on."""
-        torch.cuda.empty_cache()
+        release_cached_memory()
         if len(call.rows) == 1:
             self._fail(call.rows[0].job.id, "out_of_memory")
         elif call.stage in self._caps:

@@ -7,6 +7,7 @@ import torch
 
 from app.engine.calls import is_out_of_memory
 from app.engine.costs import Costs
+from models.graphs import release_cached_memory
 from models.pipeline import Pipeline
 from models.registry import Registry
 
@@ -33,7 +34,7 @@ def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, m
                 raise
             step.pop(batch, None)
         if batch not in decode:
-            torch.cuda.empty_cache()  # not above: until there, the error holds the tensors of the call that failed
+            release_cached_memory()  # not above: until there, the error holds the tensors of the call that failed
     encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {time.monotonic_ns()}"]))  # new: none is cached
     return Costs(step, decode, encode, pixels * pixels, lanes)
 

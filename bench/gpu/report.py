@@ -28,7 +28,7 @@ def show(results: dict[str, Any], path: Path) -> None:
     stages = results.get("stages", {})
     for title in ("ours", "ours_compiled", "diffusers"):
         for pixels, table in stages.get(title, {}).items():
-            if isinstance(table, dict):
+            if isinstance(table, dict) and table:
                 lines += ["", f"## {title.replace('_', ', ')}, {pixels} px", "", *_by_stage(table)]
     for name in ("decode_folded_ms", "diffusers_compiled", "skipped"):
         if stages.get(name):

@@ -15,6 +15,7 @@ import torch
 from app.engine.cuda import DECODED
 from app.images import encode
 from bench.fidelity import psnr
+from bench.gpu.check import recorded
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
 from bench.images import picture
@@ -44,26 +45,36 @@ def stages(
     batches = BUCKETS if ours.on_gpu else BUCKETS[:2]
     found["import_s"], found["load_s"] = _import_seconds() if ours.on_gpu else None, round(ours.load_s, 2)
     found["png_ms_photo_like_1024"] = _milliseconds(lambda: _png(picture().tobytes(), 1024), lambda: None)
-    found["ours"] = {str(pixels): _ours(ours, pixels, batches) for pixels in sizes}
-    found["variant_switch_ms"] = _switch(ours)
-    found["decode_folded_ms"] = _folded(ours, sizes[0], batches)
-    found["diffusers"] = {str(pixels): _peer(peer, pixels, batches, left, found["skipped"]) for pixels in sizes}
+    found["ours"], found["diffusers"] = {}, {}
     found["ours_compiled"], found["diffusers_compiled"] = {"mode": mode}, {}
-    _summarise(found, sizes[0])
-    keep(found)
-    for compile_some in (_compile, _compile_peer) if ours.on_gpu and mode != "none" else ():
+
+    def attempt(title: str, measure: Callable[..., None], *arguments: object) -> None:
+        """One section: if it fails, the others' figures stand."""
         try:
-            compile_some(ours if compile_some is _compile else peer, sizes[0], left, found, keep)
-        except Exception as error:  # of a compiler: anything; the rest of the figures stand
-            found["skipped"].append(f"{compile_some.__name__}: {str(error)[:300]}")
+            measure(*arguments)
+        except Exception as error:
+            found["skipped"].append(f"{title}: {type(error).__name__}: {str(error)[:300]}")
+            print(f"FAILED: {found['skipped'][-1]}", flush=True)
         _summarise(found, sizes[0])
         keep(found)
+
+    for pixels in sizes:
+        attempt(f"ours, {pixels} px", _ours, ours, pixels, batches, found["ours"].setdefault(str(pixels), {}))
+    attempt("switch", lambda: found.update(variant_switch_ms=_switch(ours)))
+    attempt("folded", lambda: found.update(decode_folded_ms=_folded(ours, sizes[0], batches)))
+    found["recorded"] = recorded(ours) if ours.on_gpu else None
+    for pixels in sizes:
+        table = found["diffusers"].setdefault(str(pixels), {})
+        attempt(f"diffusers, {pixels} px", _peer, peer, pixels, batches, left, found["skipped"], table)
+    if ours.on_gpu and mode != "none":
+        attempt("compiling ours", _compile, ours, sizes[0], left, found, keep)
+        attempt("compiling diffusers", _compile_peer, peer, sizes[0], left, found, keep)
     return found
 
 
-def _ours(ours: Ours, pixels: int, batches: tuple[int, ...]) -> dict[str, Any]:
-    """Milliseconds by stage and batch, and of whole pictures by step count."""
-    table: dict[str, Any] = {"text": {}, "step": {}, "decode": {}, "ms": {}, "images_per_s": {}}
+def _ours(ours: Ours, pixels: int, batches: tuple[int, ...], table: dict[str, Any]) -> None:
+    """Milliseconds by stage and batch, and of whole pictures by step count, into a table."""
+    table |= {"text": {}, "step": {}, "decode": {}, "ms": {}, "images_per_s": {}}
     for batch in reversed(batches):
         asked, seeds = list(prompts()[:batch]), list(range(batch))
         rows = ours.start(VARIANT, asked, seeds, pixels)
@@ -84,7 +95,6 @@ def _ours(ours: Ours, pixels: int, batches: tuple[int, ...]) -> dict[str, Any]:
             if steps == 4:
                 table["images_per_s"][batch] = round(1e3 * batch / (took + batch * _png_ms(ours, rows, pixels)), 2)
     table["copy"] = _copy_ms(ours, pixels)
-    return table
 
 
 def _whole(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixels: int) -> None:
@@ -131,9 +141,11 @@ def _folded(ours: Ours, pixels: int, batches: tuple[int, ...]) -> dict[int, floa
     return found
 
 
-def _peer(peer: Peer, pixels: int, batches: tuple[int, ...], left: Clock, skipped: list[str]) -> dict[str, Any]:
-    """Whole pictures with PNG, by batch at 4 steps, and by step count alone."""
-    table: dict[str, Any] = {"ms": {}, "images_per_s": {}}
+def _peer(
+    peer: Peer, pixels: int, batches: tuple[int, ...], left: Clock, skipped: list[str], table: dict[str, Any]
+) -> None:
+    """Whole pictures with PNG, by batch at 4 steps, and by step count alone, into a table."""
+    table |= {"ms": {}, "images_per_s": {}}
     for batch in batches:
         if left() < 60:
             skipped.append(f"diffusers, {pixels} px, batch {batch}")
@@ -150,7 +162,6 @@ def _peer(peer: Peer, pixels: int, batches: tuple[int, ...], left: Clock, skippe
         peer.use(variant)
         took = _milliseconds(lambda: _peer_whole(peer, variant, 1, pixels), lambda: None, repeats=3)  # noqa: B023
         table["ms"][f"{steps} steps, batch 1"] = took
-    return table
 
 
 def _peer_whole(peer: Peer, variant: str, batch: int, pixels: int) -> None:
@@ -181,12 +192,12 @@ def _compile(ours: Any, pixels: int, left: Clock, found: dict[str, Any], keep: K
         drawn = ours.draw(VARIANT, prompts()[:1], [0], pixels)[0]
         found["ours_compiled"]["psnr_db_vs_uncompiled"] = round(psnr(drawn.numpy(), plain.numpy()), 1)
         keep(found)  # the next may outlast the time there is
-    found["ours_compiled"][str(pixels)] = _ours(ours, pixels, BUCKETS)
+    _ours(ours, pixels, BUCKETS, found["ours_compiled"].setdefault(str(pixels), {}))
 
 
 def _compile_peer(peer: Any, pixels: int, left: Clock, found: dict[str, Any], keep: Keep) -> None:
     """diffusers with torch.compile, at its best eager batch."""
-    rates = found["diffusers"][str(pixels)]["images_per_s"]
+    rates = found["diffusers"][str(pixels)]["images_per_s"] or {1: 0.0}
     best = max(rates, key=lambda batch: rates[batch])
     if left() < 120:
         found["skipped"].append(f"diffusers, compiled, batch {best}")
@@ -203,17 +214,21 @@ def _compile_peer(peer: Any, pixels: int, left: Clock, found: dict[str, Any], ke
 
 def _summarise(found: dict[str, Any], pixels: int) -> None:
     """The figures that the project is judged by."""
-    tables = [found["ours"][str(pixels)], found["ours_compiled"].get(str(pixels))]
-    best = [table for table in tables if table][-1]
+    tables = [found["ours"].get(str(pixels)), found["ours_compiled"].get(str(pixels))]
+    whole = "4 steps, batch 1"  # the last that a table is given: a table without it is not whole
+    best = next((table for table in reversed(tables) if table and whole in table["ms"]), None)
+    theirs = max(found["diffusers"].get(str(pixels), {}).get("images_per_s", {}).values(), default=None)
+    found["images_per_s_4step_diffusers_1024"] = theirs
+    if best is None:
+        return
     rate = max(best["images_per_s"].values())
-    theirs = max(found["diffusers"][str(pixels)]["images_per_s"].values())
-    found["gpu_ms_4step_b1_1024"] = best["ms"]["4 steps, batch 1"]
+    found["gpu_ms_4step_b1_1024"] = best["ms"][whole]
     found["vae_decode_ms_1024"] = min(took / batch for batch, took in best["decode"].items())
-    found["images_per_s_4step_ours_1024"], found["images_per_s_4step_diffusers_1024"] = rate, theirs
-    found["speedup_over_diffusers_eager"] = round(rate / theirs, 2)
+    found["images_per_s_4step_ours_1024"] = rate
+    found["speedup_over_diffusers_eager"] = round(rate / theirs, 2) if theirs else None
     if pixels in UNET_TFLOP:
         tflop = 4 * UNET_TFLOP[pixels] + VAE_TFLOP[pixels] + TEXT_TFLOP
-        fastest = min(took / batch for batch, took in ((b, best["ms"][f"4 steps, batch {b}"]) for b in BUCKETS))
+        fastest = min(best["ms"][f"4 steps, batch {batch}"] / batch for batch in best["images_per_s"])
         found["share_of_matmul_rate"] = round(1e3 * tflop / fastest / found["matmul_tflops"], 3)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.attention import without_masks
 from models.catalog import CATALOG
 from models.graphs import BUCKETS, Graphed, by_calling, on_gpu, split
 from models.pipeline import Pipeline, advance
@@ -190,3 +191,13 @@ def _step_on_gpu(pipeline: Pipeline, unet, schedule) -> Tensor:
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(3)])
     step = pipeline.to_device(torch.arange(3))
     return pipeline.denoise(unet, schedule, latents, step, pipeline.encode(PROMPTS))
+
+
+def test_a_text_encoder_is_causal_without_masks():
+    text, ids = Pipeline(STORE, "cpu", torch.float32).text, torch.arange(48).view(2, 24)
+    with torch.inference_mode():
+        plain = text(ids, ids)
+        for encoder in (text.first, text.second):
+            without_masks(encoder)
+        for ours, theirs in zip(text(ids, ids), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, **CLOSE)
