@@ -101,6 +101,12 @@ def small(pictures: np.ndarray) -> Tensor:
     return torch.nn.functional.avg_pool2d(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, 2)
 
 
+def flat(pictures: np.ndarray) -> Tensor:
+    """(N, 12288): Euclidean distances between rows are root-mean-square distances of pixels in 0 .. 1."""
+    rows = small(pictures).flatten(1)
+    return rows / rows.shape[1] ** 0.5
+
+
 class Renders:
     """Real pictures of the measured pairs: one jittered for each drawn one, and a bank of jitters for the nearest."""
 
@@ -111,8 +117,10 @@ class Renders:
         self.wanted = tuple(labels.cpu() for labels in judge.labels(pairs))
         self.named = thing.cpu()
         self.namer = Nearest()
-        rng = random.Random(22)
-        self.bank = {pair: small(data.draw_batch([pair] * 24, rng)) for pair in dict.fromkeys(pairs)}
+        rng, names = random.Random(22), list(dict.fromkeys(pairs))
+        bank = [data.draw_batch([pair] * 24, rng) for pair in names]
+        self.pixels = dict(zip(names, (flat(part) for part in bank), strict=True))
+        self.features = dict(zip(names, judge.look(who, np.concatenate(bank))[0].split(24), strict=True))
 
     def about(self, who: judge.Judge) -> dict:
         """The same measures of the real renders themselves: what a perfect model would get."""
@@ -125,18 +133,18 @@ class Renders:
             "frechet": judge.frechet(again[0], self.whole),
             "patch_frechet": judge.frechet(again[1], self.patch),
             "diversity": diversity(self.real),
-            "nearest_render": self.nearest(self.real),
+            "nearest_render": self.nearest(self.pixels, flat(self.real)),
+            "nearest_features": self.nearest(self.features, self.whole),
             "n": len(self.pairs),
         }
 
-    def nearest(self, pictures: np.ndarray) -> float:
-        """Mean root-mean-square distance (0 .. 1) to the nearest of 24 jittered renders of the same pair."""
-        drawn = small(pictures)
-        rms = [
-            (self.bank[pair] - one).square().mean((1, 2, 3)).min().sqrt().item()
-            for pair, one in zip(self.pairs, drawn, strict=True)
-        ]
-        return sum(rms) / len(rms)
+    def nearest(self, bank: dict[tuple[int, str], Tensor], drawn: Tensor) -> float:
+        """Mean distance to the nearest of 24 jittered renders of the same pair: in pixels, or in the judge's features.
+
+        In pixels a blurred mean of all possible pictures is nearer than any of them; in features it is not.
+        """
+        apart = [torch.cdist(one[None], bank[pair]).min() for pair, one in zip(self.pairs, drawn, strict=True)]
+        return torch.stack(apart).mean().item()
 
 
 def diversity(pictures: np.ndarray) -> float:
@@ -183,7 +191,8 @@ def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders) -> 
         "frechet": round(judge.frechet(whole, real.whole), 3),
         "patch_frechet": round(judge.frechet(patch, real.patch), 3),
         "diversity": round(diversity(pictures), 4),
-        "nearest_render": round(real.nearest(pictures), 4),
+        "nearest_render": round(real.nearest(real.pixels, flat(pictures)), 4),
+        "nearest_features": round(real.nearest(real.features, whole), 3),
         "n": n,
         "interval_95": {
             "object_accuracy": interval(right, n),
@@ -203,7 +212,8 @@ def table(rows: list[dict]) -> str:
         "object, CNN",
         "Fréchet",
         "patch Fréchet",
-        "nearest render",
+        "nearest, pixels",
+        "nearest, features",
         "diversity",
         "n",
     ]
@@ -216,6 +226,7 @@ def table(rows: list[dict]) -> str:
         "frechet",
         "patch_frechet",
         "nearest_render",
+        "nearest_features",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(str(row[key]) for key in [*keys, "diversity", "n"]) + " |" for row in rows]

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.diffusion import Predictor, add_noise, grid, levels, walk
+from distill.diffusion import CLEAN, Predictor, add_noise, grid, levels, walk
 from distill.discriminator import Discriminator
 from distill.text import Text
 
-NOISED_AT = (9, 249, 499, 749)  # the paper's {10, 250, 500, 750}
+# The paper's {10, 250, 500, 750}, but for 10: its noise (0.09 of a latent's deviation) hides what our students lack.
+NOISED_AT = (CLEAN, 249, 499, 749)
 DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights once training is stable: mostly the least noise, for detail
 
 
@@ -102,14 +103,14 @@ def x0_switch_loss(out: Tensor, x_t: Tensor, frozen_epsilon: Tensor, t: Tensor) 
 def judge(
     stage: Stage, critic: Discriminator, batch: Batch, t_star: Tensor | None, noise: Tensor, landed: Tensor
 ) -> Tensor:
-    """The discriminator's logits of a landing, (B,): as it is, or noised to t_star (section 3.7.2).
+    """The discriminator's logits of a landing, (B,): as it is (t_star CLEAN or None), or noised to t_star (3.7.2).
 
     Teacher's and student's are noised alike: a difference in noise is none in kind (the paper does not say).
     """
     times = stage.times.to(batch.k.device)
     t, t_end = times[batch.k], times[(batch.k - stage.span).clamp(min=0)]
     if t_star is not None:
-        landed, t_end = add_noise(landed, noise, t_star), t_star
+        landed, t_end = add_noise(landed, noise, t_star), torch.where(t_star == CLEAN, t_end, t_star)
     return critic(landed, t_end, batch.x_t, t, batch.text)
 
 

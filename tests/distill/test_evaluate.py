@@ -22,10 +22,13 @@ def test_the_frechet_distance_by_hand():
 
 def test_real_renders_lie_at_their_own_distance_and_other_objects_further():
     pairs = data.pairs(held_out=True)[: evaluate.SEEDS]
-    real = evaluate.Renders(judge.Judge().eval(), pairs)
+    who = judge.Judge().eval().requires_grad_(False)
+    real = evaluate.Renders(who, pairs)
     again = data.draw_batch(pairs, random.Random(3))
     others = data.draw_batch(data.pairs(held_out=True)[50 : 50 + evaluate.SEEDS], random.Random(3))
-    assert real.nearest(again) < 0.05 < real.nearest(others)
+    assert real.nearest(real.pixels, evaluate.flat(again)) < 0.05 < real.nearest(real.pixels, evaluate.flat(others))
+    seen, far = (real.nearest(real.features, judge.look(who, pictures)[0]) for pictures in (again, others))
+    assert seen < far / 2
 
 
 def test_pictures_that_are_all_alike_have_no_diversity():

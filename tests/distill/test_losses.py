@@ -82,7 +82,8 @@ def test_the_discriminator_gives_one_logit_an_image_and_reads_what_it_should(con
     text = Text(torch.randn(3, 24, sum(WIDTHS)), torch.randn(3, WIDTHS[1]), torch.full((3, 6), 128.0))
     x_end, x_t = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
     t_end, t = torch.tensor([-1, 249, 499]), torch.tensor([249, 499, 999])
-    assert critic.features(x_end, t_end, text).shape == (3, 32, 4, 4)
+    shapes = [tuple(level.shape) for level in critic.features(x_end, t_end, text)]
+    assert shapes == [(3, 16, 16, 16), (3, 32, 8, 8), (3, 32, 4, 4), (3, 32, 4, 4)]
     logits = critic(x_end, t_end, x_t, t, text)
     assert logits.shape == (3,)
     assert logits.dtype == torch.float32
