@@ -15,8 +15,8 @@ class Discriminator(nn.Module):
     """Logits, (B,). Conditional: D(x_t, x_end, t, t_end, c). Relaxed: D'(x_end, t_end, c), with a head of its own.
 
     The paper's head sees the mid block alone. Ours sees every resolution of the encoder too: of latents of 16 x 16 the
-    mid block keeps 4 x 4, and in the hundreds of iterations that we have it learned next to nothing there (named 74 %
-    of pairs of a teacher's and a student's landing; with all resolutions 94 %; docs/distillation.md).
+    mid block keeps 4 x 4, and in the hundreds of iterations that we have it learned next to nothing there (told 74 %
+    of pairs of a teacher's and a student's landing apart; with all resolutions 87 %; docs/distillation.md).
     """
 
     def __init__(self, unet: UNet2DConditionModel, conditional: bool) -> None:

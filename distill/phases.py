@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from distill import data, predictors
+from distill import data, lora, predictors
 from distill import stages as paper
 from distill.diffusion import Predictor, start_from_pure_noise
 from distill.discriminator import Discriminator
@@ -60,8 +60,7 @@ class Workshop:
         return self.made.encoders(token_ids(self.made.tokenizer, prompts).to(device()))
 
     def rate(self, stage: Stage, student: UNet2DConditionModel) -> float:
-        is_lora = any(".parametrizations." in key for key, _ in student.named_parameters())
-        return self.rates.lora if is_lora else FULL[stage.steps]
+        return self.rates.lora if lora.parameters(student) else FULL[stage.steps]
 
     def draw(self, stage: Stage, name: str, step: int) -> Batch:
         """The batch of one step: the same for the same phase and step, so a resumed run repeats nothing."""
@@ -143,7 +142,7 @@ def fight(
         generator = torch.Generator().manual_seed(step * 64 + join_group()[0])
         noise = torch.randn(batch.x_t.shape, generator=generator).to(batch.x_t)
         detail = not critic.conditional and step > steps // 2
-        t_star = paper.draw_noised_times(len(noise), detail, generator).to(noise.device) if stage.noised else None
+        t_star = paper.draw_noised_times(stage, len(noise), detail, generator).to(noise.device)
         judge = partial(paper.judge, stage, critic, batch, t_star, noise)
 
         real, fake = paper.teach(stage, teacher, batch), paper.follow(stage, predict, batch)

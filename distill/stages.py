@@ -100,22 +100,21 @@ def x0_switch_loss(out: Tensor, x_t: Tensor, frozen_epsilon: Tensor, t: Tensor) 
     return F.mse_loss(out, (x_t - spread * frozen_epsilon) / signal)
 
 
-def judge(
-    stage: Stage, critic: Discriminator, batch: Batch, t_star: Tensor | None, noise: Tensor, landed: Tensor
-) -> Tensor:
-    """The discriminator's logits of a landing, (B,): as it is (t_star CLEAN or None), or noised to t_star (3.7.2).
+def judge(stage: Stage, critic: Discriminator, batch: Batch, t_star: Tensor, noise: Tensor, landed: Tensor) -> Tensor:
+    """The discriminator's logits of a landing, (B,): as it is (t_star CLEAN), or noised to t_star (section 3.7.2).
 
     Teacher's and student's are noised alike: a difference in noise is none in kind (the paper does not say).
     """
     times = stage.times.to(batch.k.device)
     t, t_end = times[batch.k], times[(batch.k - stage.span).clamp(min=0)]
-    if t_star is not None:
-        landed, t_end = add_noise(landed, noise, t_star), torch.where(t_star == CLEAN, t_end, t_star)
+    landed, t_end = add_noise(landed, noise, t_star), torch.where(t_star == CLEAN, t_end, t_star)
     return critic(landed, t_end, batch.x_t, t, batch.text)
 
 
-def draw_noised_times(count: int, detail: bool, generator: torch.Generator) -> Tensor:
-    """(count,) from NOISED_AT, evenly at first and 5:1:1:1 for detail."""
+def draw_noised_times(stage: Stage, count: int, detail: bool, generator: torch.Generator) -> Tensor:
+    """(count,) from NOISED_AT, evenly at first and 5:1:1:1 for detail; CLEAN in the stages that have no noise there."""
+    if not stage.noised:
+        return torch.full((count,), CLEAN)
     weights = torch.tensor(DETAIL if detail else (1.0,) * len(DETAIL))
     return torch.tensor(NOISED_AT)[torch.multinomial(weights, count, replacement=True, generator=generator)]
 

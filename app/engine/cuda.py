@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from app.engine.costs import Costs
 from app.engine.loop import Loop
@@ -40,7 +39,6 @@ def prepare(pipeline: Pipeline, registry: Registry) -> None:
     say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
     assert isinstance(pipeline.text, TextEncoders)
     for encoder in (pipeline.text.first, pipeline.text.second):
-        assert isinstance(encoder, PreTrainedModel)
         without_masks(encoder)
     pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_PRIORITY))
     pipeline.decoder = Graphed(pipeline.decoder, on_gpu(0), DECODED)
