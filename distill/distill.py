@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from distill import data, latents, lora, model, phases, predictors, sheets
 from distill import stages as paper
 from distill.phases import Workshop
-from distill.training import device, is_writer
+from distill.training import begin, device, is_writer
 
 # Folded in at stage 0 and never again. The paper's is 6, for SDXL. The teacher's Frechet distance on 400 held-out
 # pictures at 32 steps: 39.5 without, 26.2 at 1.25, 27.0 at 1.5 (and nearer to the renders), 42.5 at 2.
@@ -27,12 +27,12 @@ GUIDANCE = 1.5
 class Plan:
     """Iterations of each phase: (LoRA conditional, LoRA relaxed, full relaxed) by the student's steps."""
 
-    many: tuple[int, int] = (300, 150)  # stage 0: LoRA, full
+    many: tuple[int, int] = (500, 500)  # stage 0: LoRA, full
     adversarial: tuple[tuple[int, tuple[int, int, int]], ...] = (
         (8, (60, 60, 100)),
         (4, (80, 80, 160)),
-        (2, (120, 120, 250)),
-        (1, (300, 0, 500)),  # no LoRA: conditional and relaxed are both of the full network
+        (2, (200, 200, 600)),
+        (1, (300, 0, 900)),  # no LoRA: conditional and relaxed are both of the full network
     )
     switch: int = 600  # iterations of the epsilon to x0 switch
     batch: int = 32
@@ -133,7 +133,7 @@ def open_workshop(runs: Path, plan: Plan, name: str) -> Workshop:
 
 
 def main(runs: Path = Path("runs"), plan: Plan = Plan(), only: str = "") -> None:
-    torch.manual_seed(0)
+    begin()
     if only != "mse":
         distill(open_workshop(runs, plan, "distill"), plan, runs / "embedded")
     if only != "adversarial":

@@ -15,7 +15,7 @@ from distill.text import Text
 
 # The paper's {10, 250, 500, 750}, but for 10: its noise (0.09 of a latent's deviation) hides what our students lack.
 NOISED_AT = (CLEAN, 249, 499, 749)
-DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights once training is stable: mostly the least noise, for detail
+DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights in the relaxed phases: mostly the least noise, for detail
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Stage:
     def span(self) -> int:
         """Grid points of one student move."""
         return self.moves * self.stride
+
+    @property
+    def visited(self) -> tuple[int, ...]:
+        """Where sampling in so many steps passes: for 2 steps T and 500, of {250, 500, 750, 1000}."""
+        return multiples(self.span, self.steps)
 
 
 def multiples(n: int, count: int) -> tuple[int, ...]:
@@ -112,7 +117,7 @@ def judge(stage: Stage, critic: Discriminator, batch: Batch, t_star: Tensor, noi
 
 
 def draw_noised_times(stage: Stage, count: int, detail: bool, generator: torch.Generator) -> Tensor:
-    """(count,) from NOISED_AT, evenly at first and 5:1:1:1 for detail; CLEAN in the stages that have no noise there."""
+    """(count,) from NOISED_AT, evenly or 5:1:1:1 for detail; CLEAN in the stages that have no noise there."""
     if not stage.noised:
         return torch.full((count,), CLEAN)
     weights = torch.tensor(DETAIL if detail else (1.0,) * len(DETAIL))
@@ -120,9 +125,8 @@ def draw_noised_times(stage: Stage, count: int, detail: bool, generator: torch.G
 
 
 def draw_starts(stage: Stage, count: int, generator: torch.Generator) -> Tensor:
-    """(count,) grid points. Half at T where the student's other starts are for stability only (2 and 1 steps)."""
-    starts = torch.tensor(stage.starts)
-    k = starts[torch.randint(0, len(starts), (count,), generator=generator)]
-    if not stage.noised:
-        return k
-    return torch.where(torch.rand(count, generator=generator) < 0.5, starts[-1], k)
+    """(count,) grid points: half of all starts, half of those that sampling passes (all, for 8 and 4 steps)."""
+    starts, visited = torch.tensor(stage.starts), torch.tensor(stage.visited)
+    anywhere = starts[torch.randint(0, len(starts), (count,), generator=generator)]
+    passed = visited[torch.randint(0, len(visited), (count,), generator=generator)]
+    return torch.where(torch.rand(count, generator=generator) < 0.5, passed, anywhere)

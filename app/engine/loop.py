@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -151,7 +152,7 @@ class Loop:
         retry = next((call for call in self._retries if self._room(call.stage) > 0), None)
         if retry is not None:
             self._retries.remove(retry)
-            return self._start(retry)
+            return self._start(replace(retry, start=now))  # what it waited is not the call's
         idle = [row for row in self.board.values() if not row.busy and self.registry.is_resident(row.job.variant)]
         new = [row for row in idle if row.conditioning is None]
         if new and self._room("encode") > 0:  # all together: a call costs more than a prompt

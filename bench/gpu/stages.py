@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import fpng
+import numpy as np
 import torch
 
 from app.engine.cuda import DECODED
@@ -18,7 +19,7 @@ from bench.fidelity import psnr
 from bench.gpu.check import recorded
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
-from bench.images import picture
+from bench.images import SIDE, picture
 from bench.work import prompts
 from models.graphs import BUCKETS, Graphed, by_calling, compiled, on_gpu
 from models.vectorised import fold_upsamplers
@@ -44,7 +45,10 @@ def stages(
     found: dict[str, Any] = {"skipped": [], "matmul_tflops": _matmul_rate(ours.rig.device)}
     batches = BUCKETS if ours.on_gpu else BUCKETS[:2]
     found["import_s"], found["load_s"] = _import_seconds() if ours.on_gpu else None, round(ours.load_s, 2)
-    found["png_ms_photo_like_1024"] = _milliseconds(lambda: _png(picture().tobytes(), 1024), lambda: None)
+    photo = picture().tobytes()
+    found["png_ms_photo_like_1024"] = _milliseconds(lambda: _file(photo, SIDE), lambda: None)
+    jpeg = {"Pillow, one core": _milliseconds(lambda: _file(photo, SIDE, "jpeg"), lambda: None)}
+    found["jpeg_ms_photo_like_1024"] = jpeg
     found["ours"], found["diffusers"] = {}, {}
     found["ours_compiled"], found["diffusers_compiled"] = {"mode": mode}, {}
 
@@ -62,6 +66,8 @@ def stages(
         attempt(f"ours, {pixels} px", _ours, ours, pixels, batches, found["ours"].setdefault(str(pixels), {}))
     attempt("switch", lambda: found.update(variant_switch_ms=_switch(ours)))
     attempt("folded", lambda: found.update(decode_folded_ms=_folded(ours, sizes[0], batches)))
+    if ours.on_gpu:
+        attempt("JPEG on the GPU", lambda: jpeg.update(torchvision=_jpeg_on_gpu()))
     found["recorded"] = recorded(ours) if ours.on_gpu else None
     for pixels in sizes:
         table = found["diffusers"].setdefault(str(pixels), {})
@@ -104,11 +110,20 @@ def _whole(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixels:
 
 def _png_ms(ours: Ours, rows: Any, pixels: int) -> float:
     data = ours.decode(rows[:1])[0].numpy().tobytes()
-    return _milliseconds(lambda: _png(data, pixels), lambda: None)
+    return _milliseconds(lambda: _file(data, pixels), lambda: None)
 
 
-def _png(data: bytes, pixels: int) -> bytes:
-    return encode(data, pixels, pixels, "png", 90, {})
+def _file(data: bytes, pixels: int, kind: str = "png") -> bytes:
+    return encode(data, pixels, pixels, kind, 90, {})
+
+
+def _jpeg_on_gpu() -> float:
+    """Milliseconds of a JPEG by nvJPEG from pixels on the GPU, with its copy to the host, where torchvision is there.
+    An experiment: the pipeline leaves JPEG to threads of the other process."""
+    from torchvision.io import encode_jpeg  # type: ignore[import-not-found] # no dependency of ours
+
+    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1).contiguous().cuda()
+    return _milliseconds(lambda: encode_jpeg(pixels, quality=90).cpu(), torch.cuda.synchronize)
 
 
 def _copy_ms(ours: Ours, pixels: int) -> float | None:

@@ -67,11 +67,15 @@ def test_a_perfect_prediction_walks_to_the_clean_latents():
 
 
 @pytest.mark.parametrize("stage", [stages.MSE, *stages.STAGES.values(), *stages.SKIP.values()])
-def test_student_and_teacher_land_at_the_same_time(stage):
-    by_teacher = [max(0, k - stage.moves * stage.stride) for k in stage.starts]
-    assert by_teacher == [max(0, k - stage.span) for k in stage.starts]
-    assert max(stage.starts) == stage.grid
-    assert stage.times[-1] == diffusion.LAST
+def test_half_of_the_starts_are_where_sampling_in_so_many_steps_passes(stage):
+    scheduler = EulerDiscreteScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(stage.steps)
+    passed = [int(stage.times[k]) for k in reversed(stage.visited)]
+    assert passed == [round(float(t)) for t in scheduler.timesteps]
+    drawn = stages.draw_starts(stage, 4000, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == set(stage.starts)
+    share = torch.isin(drawn, torch.tensor(stage.visited)).float().mean().item()
+    assert share == pytest.approx(0.5 + 0.5 * len(stage.visited) / len(stage.starts), abs=0.04)
 
 
 @pytest.mark.parametrize("conditional", [True, False])
