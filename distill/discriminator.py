@@ -27,6 +27,16 @@ class Discriminator(nn.Module):
         inputs, channels = (2 if conditional else 1), unet.config.block_out_channels
         self.heads = nn.ModuleList(head(inputs * width) for width in (*channels, channels[-1]))
 
+    def relaxed(self) -> Discriminator:
+        """D' with this encoder, and with the half of the heads that sees the landing: it need not begin anew."""
+        one = Discriminator(self.unet, conditional=False).to(self.unet.device)
+        one.unet = self.unet
+        for mine, its in zip(self.heads, one.heads, strict=True):
+            halves = mine.state_dict()
+            first = halves["0.weight"]
+            its.load_state_dict(halves | {"0.weight": first[:, : first.shape[1] // 2]})
+        return one
+
     def features(self, x: Tensor, t: Tensor, text: Text) -> list[Tensor]:
         """(B, C, H, W) of each resolution, then of the mid block. t: (B,); the clean end is read as timestep 0."""
         unet, t = self.unet, t.clamp(min=0)

@@ -120,7 +120,7 @@ def _file(data: bytes, pixels: int, kind: str = "png") -> bytes:
 def _jpeg_on_gpu() -> float:
     """Milliseconds of a JPEG by nvJPEG from pixels on the GPU, with its copy to the host, where torchvision is there.
     An experiment: the pipeline leaves JPEG to threads of the other process."""
-    from torchvision.io import encode_jpeg  # type: ignore[import-not-found] # no dependency of ours
+    from torchvision.io import encode_jpeg  # no dependency of ours
 
     pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1).contiguous().cuda()
     return _milliseconds(lambda: encode_jpeg(pixels, quality=90).cpu(), torch.cuda.synchronize)

@@ -9,11 +9,10 @@ import pytest
 from distill import distill, teacher, toy
 
 SIZES = teacher.Sizes(
-    vae_steps=2, vae_crop_steps=2, decoder_steps=2, steps=2, batch=4, jitters=1, every=100, **toy.SMALL
+    vae_steps=2, vae_crop_steps=2, decoder_steps=2, steps=2, batch=4, jitters=1, every=100, compiled=False, **toy.SMALL
 )
-PLAN = distill.Plan(
-    many=(1, 1), adversarial=((8, (1, 1, 1)), (4, (1, 1, 1)), (2, (1, 1, 1)), (1, (1, 0, 1))), switch=1, batch=4
-)
+ONE, NO_LORA = distill.Counts(1, 1, 1, 1), distill.Counts(1, 1, 0, 1)
+PLAN = distill.Plan(many=(1, 1), adversarial=((8, ONE), (4, ONE), (2, ONE), (1, NO_LORA)), switch=1, batch=4)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,17 @@ def test_the_frechet_distance_by_hand():
     assert judge.frechet(base, 3 * base + 2) == pytest.approx(2 * (2**2 + (3 - 1) ** 2), rel=1e-4)
 
 
+def test_a_comparison_is_paired_so_that_what_two_rows_share_does_not_widen_it():
+    real = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
+    assert evaluate.compare(drawn, drawn, real) == {"difference": 0.0, "interval_95": [0.0, 0.0]}
+    shifted = evaluate.compare(drawn + 1, drawn, real)
+    low, high = shifted["interval_95"]
+    assert low < shifted["difference"] < high
+    assert low > 0
+    assert shifted["difference"] == pytest.approx(2, abs=0.5)  # 1 in each of the two features, squared
+
+
 def test_real_renders_lie_at_their_own_distance_and_other_objects_further():
     pairs = data.pairs(held_out=True)[: evaluate.SEEDS]
     who = judge.Judge().eval().requires_grad_(False)
@@ -47,10 +58,12 @@ def test_the_leading_ablation_never_visits_the_last_timestep(steps):
 
 def test_every_row_of_the_table_is_measured(runs, tmp_path):
     evaluate.main(runs, tmp_path, count=8, judging=1)
-    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    rows, text = found["rows"], (tmp_path / "evaluation.md").read_text()
     assert {(row["model"], row["steps"]) for row in rows} == {(row.model, row.steps) for row in evaluate.ROWS}
     assert all(row["n"] == 8 for row in rows)
-    assert (tmp_path / "evaluation.md").read_text().count("\n") == len(rows) + 2
+    assert all(f"| {row['model']} | {row['steps']} |" in text for row in rows)
+    assert len(found["comparisons"]) == len(evaluate.claims())
 
 
 def test_a_lora_row_is_the_merged_lora(runs):
