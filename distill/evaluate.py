@@ -305,12 +305,12 @@ def main(
 def write(docs: Path, rows: list[dict], about_real: dict, compared: list[dict]) -> None:
     found = {"rows": rows, "comparisons": compared, "real_renders": about_real}
     (docs / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = [
-        f"| {row['ours']} | {row['other']} | {row['difference']} | {row['interval_95'][0]} to {row['interval_95'][1]} |"
-        for row in compared
-    ]
-    head = "\nFréchet distance of ours less the other's, paired by prompt and seed:\n\n| ours | other | difference | 95 % |\n"
-    (docs / "evaluation.md").write_text(table(rows) + head + "| --- | --- | --- | --- |\n" + "\n".join(lines) + "\n")
+    paired = ["| ours | other | difference | 95 % |", "| --- | --- | --- | --- |"]
+    for row in compared:
+        low, high = row["interval_95"]
+        paired.append(f"| {row['ours']} | {row['other']} | {row['difference']} | {low} to {high} |")
+    title = "\nFréchet distance of ours less the other's, paired by prompt and seed:\n\n"
+    (docs / "evaluation.md").write_text(table(rows) + title + "\n".join(paired) + "\n")
 
 
 def keep_strip(pictures: np.ndarray, path: Path, count: int = 12) -> None:

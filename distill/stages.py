@@ -58,7 +58,7 @@ STAGES = {
     2: Stage(steps=2, teacher=4, grid=4, moves=2, starts=multiples(1, 4), noised=True),
     1: Stage(steps=1, teacher=2, grid=4, moves=2, stride=2, starts=multiples(1, 4), noised=True, predicts="sample"),
 }
-# The relaxed phase of 2 and 1 has "a skip-level teacher"; which one is not stated: we go back one stage, and do so at 4.
+# The relaxed phase of 2 and 1 has "a skip-level teacher"; which one is not stated: we go back one stage. So does our 4.
 SKIP = {
     4: Stage(steps=4, teacher=32, grid=32, moves=8, starts=multiples(8, 4)),
     2: Stage(steps=2, teacher=8, grid=8, moves=4, starts=multiples(2, 4), noised=True),

@@ -34,7 +34,7 @@ class Sizes:
     vae_steps: int = 2000
     vae_crop_steps: int = 5000
     decoder_steps: int = 1500  # sharper pictures of the same latents: 0.35 s each, and the UNet need not know
-    steps: int = 14000
+    steps: int = 16000
     batch: int = 32
     jitters: int = 2
     every: int = 1  # train on every n-th pair
