@@ -9,6 +9,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,21 @@ ROWS = [
 ROWS.remove(Row("lora", 1))  # there is none, as in the release
 SHOWN = ["real", "teacher-32", *(f"unet-{n}" for n in model.STEPS), "lora-8", "lora-4", "lora-2"]
 SHOWN += [f"teacher_undistilled-{n}" for n in model.STEPS]
+
+
+COLUMNS = {  # of the Markdown table: title, and key of a row
+    "model": "model",
+    "steps": "steps",
+    "object": "object_accuracy",
+    "background": "background_accuracy",
+    "object, CNN": "object_accuracy_cnn",
+    "Fréchet": "frechet",
+    "patch Fréchet": "patch_frechet",
+    "nearest, pixels": "nearest_render",
+    "nearest, features": "nearest_features",
+    "diversity": "diversity",
+    "n": "n",
+}
 
 
 def prompts_of(pairs: list[tuple[int, str]]) -> list[str]:
@@ -165,14 +181,12 @@ def interval(right: float, n: int) -> list[float]:
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
 
 
-def bootstrap(drawn: Tensor, real: Tensor) -> list[float]:
-    """95 %, resampling the drawn pictures, moved to be about the estimate (resampling biases the distance upwards)."""
+def bootstrap(measured: Callable[[Tensor], float], count: int) -> list[float]:
+    """95 % of what is measured on these rows of `count`, resampled, moved to be about the estimate (resampling biases
+    a Fréchet distance upwards)."""
     generator = torch.Generator().manual_seed(0)
-    found = sorted(
-        judge.frechet(drawn[torch.randint(0, len(drawn), (len(drawn),), generator=generator)], real)
-        for _ in range(RESAMPLES)
-    )
-    shift = judge.frechet(drawn, real) - found[RESAMPLES // 2]
+    found = sorted(measured(torch.randint(0, count, (count,), generator=generator)) for _ in range(RESAMPLES))
+    shift = measured(torch.arange(count)) - found[RESAMPLES // 2]
     return [round(found[int(RESAMPLES * q)] + shift, 3) for q in (0.025, 0.975)]
 
 
@@ -189,13 +203,12 @@ def claims() -> list[tuple[Row, Row]]:
 def compare(one: Tensor, other: Tensor, real: Tensor) -> dict:
     """Fréchet distance of `one` less that of `other`, with a 95 % interval: both are resampled alike, since both drew
     the same prompts from the same seeds, so what is common to them does not widen it."""
-    generator = torch.Generator().manual_seed(0)
-    picks = [torch.randint(0, len(one), (len(one),), generator=generator) for _ in range(RESAMPLES)]
-    found = sorted(judge.frechet(one[rows], real) - judge.frechet(other[rows], real) for rows in picks)
-    difference = judge.frechet(one, real) - judge.frechet(other, real)
-    shift = difference - found[RESAMPLES // 2]
-    ends = [round(found[int(RESAMPLES * q)] + shift, 3) for q in (0.025, 0.975)]
-    return {"difference": round(difference, 3), "interval_95": ends}
+
+    def difference(rows: Tensor) -> float:
+        return judge.frechet(one[rows], real) - judge.frechet(other[rows], real)
+
+    interval_95 = bootstrap(difference, len(one))
+    return {"difference": round(difference(torch.arange(len(one))), 3), "interval_95": interval_95}
 
 
 def comparisons(features: Path, real: Tensor) -> list[dict]:
@@ -233,39 +246,15 @@ def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders, fea
         "interval_95": {
             "object_accuracy": interval(right, n),
             "background_accuracy": interval(behind, n),
-            "frechet": bootstrap(whole, real.whole),
-            "patch_frechet": bootstrap(patch, real.patch),
+            "frechet": bootstrap(lambda rows: judge.frechet(whole[rows], real.whole), n),
+            "patch_frechet": bootstrap(lambda rows: judge.frechet(patch[rows], real.patch), n),
         },
     }
 
 
 def table(rows: list[dict]) -> str:
-    head = [
-        "model",
-        "steps",
-        "object",
-        "background",
-        "object, CNN",
-        "Fréchet",
-        "patch Fréchet",
-        "nearest, pixels",
-        "nearest, features",
-        "diversity",
-        "n",
-    ]
-    keys = [
-        "model",
-        "steps",
-        "object_accuracy",
-        "background_accuracy",
-        "object_accuracy_cnn",
-        "frechet",
-        "patch_frechet",
-        "nearest_render",
-        "nearest_features",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(str(row[key]) for key in [*keys, "diversity", "n"]) + " |" for row in rows]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(str(row[key]) for key in COLUMNS.values()) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

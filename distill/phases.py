@@ -143,8 +143,8 @@ def fight(
 ) -> None:
     """Alternate a discriminator step and a student step, after `alone` steps of the discriminator.
 
-    It learns slowly at first: its logits of the two landings grow apart by a factor of three in 100 steps, and until
-    they are about 0.5 apart its gradient is noise to the student.
+    It learns slowly at first: its logits of the two landings grow apart by a factor of three in 100 steps, and its loss
+    leaves chance after some 500 (docs/distillation.md).
     """
     rate = shop.rate(stage, student)
     params, critic_params, predict = trainable(student), list(critic.parameters()), predictors.of(student)

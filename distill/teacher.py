@@ -19,6 +19,7 @@ from distill.diffusion import LAST, STEPS, add_noise, levels
 from distill.latents import Latents
 from distill.text import token_ids
 from distill.training import Ema, Log, average_gradients, begin, cosine, device, is_writer, join_group, load, save
+from models.compiled import can_build
 
 DROPOUT = 0.1  # of the captions, replaced by "" for classifier-free guidance
 COARSE = 6000  # iterations that favour high noise; after them backgrounds are right, and what is soft is decided below
@@ -38,7 +39,7 @@ class Sizes:
     batch: int = 32
     jitters: int = 2
     every: int = 1  # train on every n-th pair
-    compiled: bool = True  # two minutes, then an iteration takes 3/4 of the time (one thread with AMX: 216 ms, not 294)
+    compiled: bool = True  # where a compiler is: after two minutes, 3/4 of the time (216 ms, not 294: one thread, AMX)
 
 
 def draw_times(count: int, step: int, generator: torch.Generator) -> Tensor:
@@ -73,7 +74,8 @@ def train_unet(made: model.Model, cache: Latents, folder: Path, sizes: Sizes, lr
     """Train UNet and text encoders together; leaves the EMA weights in `made`."""
     unet, encoders = made.unet.to(device(), memory_format=torch.channels_last), made.encoders.to(device())
     both = torch.nn.ModuleDict({"unet": unet, "encoders": encoders}).train()
-    fast_unet, fast_encoders = (torch.compile(unet), torch.compile(encoders)) if sizes.compiled else (unet, encoders)
+    compiles = sizes.compiled and can_build(folder)
+    fast_unet, fast_encoders = (torch.compile(unet), torch.compile(encoders)) if compiles else (unet, encoders)
     params = list(both.parameters())
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01, fused=True)
     ema = Ema(both, decay=0.998)
