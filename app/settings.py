@@ -40,7 +40,9 @@ class EngineSettings(BaseSettings):
     compile: bool = Field(
         True, description="compile in the background: the embedded model on a CPU, the UNet and the decoder on CUDA"
     )
-    fp8: bool = Field(False, description="the UNet's large linear layers in fp8 (CUDA, Hopper or newer; needs torchao)")
+    fp8: bool = Field(
+        False, description="the UNet's large linear layers in fp8 (CUDA, compute capability 8.9 or higher)"
+    )
     cache_dir: Path = Field(
         Path("~/.cache/sdxl-lightning-server"), description="where compiled code is kept; safe to delete"
     )

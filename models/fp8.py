@@ -1,50 +1,78 @@
-"""The UNet's large linear layers in fp8, by torchao: only where FP8=1 asks for it, and only to be asked for where `make
-bench-gpu PART=check` finds the pictures close enough. Written against torchao 0.18, which needs a GPU: not yet run."""
+"""The UNet's large linear layers in fp8: only where FP8=1 asks for it, and only to be asked for where `make bench-gpu
+PART=check` finds the pictures close enough.
 
-from collections.abc import Callable
+By torch's own scaled product, which torchao calls too: torchao 0.18 scales by row for bfloat16 weights alone, and on a
+GPU alone, so it could be neither used with ours nor tested here (docs/performance.md).
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import ScalingType
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # that it holds
+ALIGNED = 16  # what both sides of a matrix must be multiples of, for the tensor cores
 
 
 class NoFp8(Exception):
     """fp8 was asked for and is not to be had; the text says why."""
 
 
+class Fp8Linear(nn.Module):
+    """A linear layer whose weights have a scale a column of its output. What comes in is scaled by row at each call, so
+    that no row of a batch depends on another. The values of the weights are left undefined."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=FP8), requires_grad=False)
+        self.scale = nn.Parameter(linear.weight.new_empty(linear.out_features, 1, dtype=torch.float32), False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in). Returns (..., out) in x's dtype; the product comes out in bfloat16, which all kernels write."""
+        rows, scale = scaled(x.flatten(0, -2))
+        product = F.scaled_mm(
+            *(rows, self.weight.t()),
+            *(scale, ScalingType.RowWise),
+            *(self.scale.t(), ScalingType.RowWise),
+            output_dtype=torch.bfloat16,
+        )
+        out = product.to(x.dtype).unflatten(0, x.shape[:-1])
+        return out if self.bias is None else out + self.bias
+
+
+def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in fp8, and the scale of each of its rows, (rows, 1) float32, such that their product is the matrix."""
+    scale = (rows.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (rows.float() / scale).to(FP8), scale
+
+
 def is_large(key: str, weight: Tensor) -> bool:
     """Whether a weight of SDXL's UNet is worth it: of an attention or a feed-forward. Not the keys and values of the
     prompt, made once a request, nor embeddings and projections in and out, which are small and which quality needs."""
     is_text = ".attn2.to_k." in key or ".attn2.to_v." in key
-    return weight.ndim == 2 and key.endswith(".weight") and (".attn" in key or ".ff.net." in key) and not is_text
+    is_matrix = weight.ndim == 2 and key.endswith(".weight") and not any(side % ALIGNED for side in weight.shape)
+    return is_matrix and (".attn" in key or ".ff.net." in key) and not is_text
 
 
-def quantizer() -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """A function that makes fp8 tensors of a weight set's large matrices, scaled by row; activations are scaled by row
-    at each call, so that no row of a batch depends on another. Raises NoFp8."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise NoFp8("FP8=1 needs a GPU that multiplies fp8 (compute capability 8.9 or higher)")
-    try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-    except ImportError as error:
-        raise NoFp8("FP8=1 needs torchao, which is not installed: pip install torchao") from error
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-
-    def quantized(weight: Tensor) -> Tensor:
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.to("cuda"), requires_grad=False)
-        shell = nn.Sequential(linear)  # torchao replaces the weights of what a module holds
-        try:
-            quantize_(shell, config)
-        except (AssertionError, NotImplementedError) as error:  # of some versions: float16, which the weights are
-            raise NoFp8(f"FP8=1: this torchao does not take {weight.dtype} weights: {error}") from error
-        return linear.weight.data
-
-    return lambda weights: {k: quantized(w) if is_large(k, w) else w for k, w in weights.items()}
-
-
-def place(unet: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give the module's large layers weights of the fp8 kind, to copy others into."""
+def quantize(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A weight set of the UNet with its large matrices in fp8, each with its scale beside it."""
+    found = dict(weights)
     for key, weight in weights.items():
         if is_large(key, weight):
-            owner = unet.get_submodule(key.removesuffix(".weight"))
-            owner.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            found[key], found[key.removesuffix("weight") + "scale"] = scaled(weight)
+    return found
+
+
+def replace_large(unet: nn.Module) -> None:
+    """Give a UNet layers for the weights that quantize() makes; their values are left undefined."""
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, nn.Linear) and is_large(f"{name}.weight", module.weight):
+            unet.set_submodule(name, Fp8Linear(module))
+
+
+def require(device: str) -> None:
+    """Raises NoFp8 unless the device multiplies fp8."""
+    if device != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise NoFp8("FP8=1 needs a GPU that multiplies fp8 (compute capability 8.9 or higher)")

@@ -73,7 +73,7 @@ class Registry:
     load and unload may run in any thread; use() belongs to the thread that plans. A load that fails changes
     nothing else. `bind` makes a UNet function of a weight set; None runs the one UNet module (see models.compiled).
     `static`: the module has weights of its own, into which a set is copied; else it refers to the set's.
-    `quantize`: what is done to each set as it is loaded (models.fp8), if anything.
+    `in_fp8`: each set's large matrices are quantized as it is loaded (models.fp8); only where `static`.
     """
 
     def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype, tiers: list[Tier]) -> None:
@@ -88,7 +88,7 @@ class Registry:
         self.active: str | None = None
         self.switches = 0
         self.bind: Callable[[WeightSet], UNetFunction] | None = None
-        self.quantize: Callable[[WeightSet], WeightSet] | None = None
+        self.in_fp8 = False
         self._bound: dict[str, UNetFunction] = {}
         self._sets: list[OrderedDict[str, WeightSet]] = [OrderedDict() for _ in tiers]
         self._loading: set[str] = set()
@@ -215,15 +215,16 @@ class Registry:
         if unet.conv_in.weight.is_meta:
             unet.to(self.dtype).to_empty(device=self.device).to(memory_format=torch.channels_last)
             self.unet.text_weights = share_text_weights(unet)
-            if self.quantize is not None:
-                fp8.place(unet, weight_set)
+            if self.in_fp8:
+                fp8.replace_large(unet)
         own = unet.state_dict()
-        plain = [key for key in own if type(own[key]) is Tensor]
         with torch.inference_mode():
             # In few launches: one by one, 1,680 of them would take longer than the copy.
-            torch._foreach_copy_([own[key] for key in plain], [weight_set[key] for key in plain], non_blocking=True)
-            for key in own.keys() - set(plain):
-                own[key].copy_(weight_set[key])
+            for dtype in {tensor.dtype for tensor in own.values()}:
+                keys = [key for key, tensor in own.items() if tensor.dtype is dtype]
+                torch._foreach_copy_(
+                    [_copied(own[key]) for key in keys], [_copied(weight_set[key]) for key in keys], non_blocking=True
+                )
         self._wait()  # or the set might be evicted, and its memory used anew, before it is read
 
     def bytes_of_a_set(self) -> int:
@@ -252,7 +253,7 @@ class Registry:
             key: tensor.to(self.dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
             for key, tensor in state.items()
         }
-        return self.quantize(laid_out) if self.quantize is not None else laid_out
+        return fp8.quantize(laid_out) if self.in_fp8 else laid_out
 
     def _wait(self) -> None:
         """Until the copies that this thread has begun are done."""
@@ -269,6 +270,10 @@ def _fuse_lora(unet: Any, state: WeightSet, variant: Variant) -> None:
         unet.unload_lora()
     except (ValueError, RuntimeError, KeyError) as error:
         raise weights.BadWeights(f"{variant.file} is no LoRA of this UNet: {error}") from error
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype is fp8.FP8 else tensor  # torch's copies in groups know no fp8
 
 
 def _size(weight_set: WeightSet) -> int:

@@ -21,10 +21,9 @@ from app.engine.loop import Loop
 from app.engine.messages import Fatal, FromEngine, Ready, frame, receive
 from app.engine.warmup import measure
 from app.logs import say
-from models import compiled
+from models import compiled, fp8
 from models.aoti import Broken
 from models.catalog import CATALOG, Family
-from models.fp8 import NoFp8, quantizer
 from models.pipeline import Pipeline
 from models.registry import OverBudget, Registry, Tier
 from models.weights import BadWeights, MissingWeights, WeightStore
@@ -92,7 +91,7 @@ def choose_dtype(config: EngineConfig, device: str) -> torch.dtype:
 
 
 def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe | None]:
-    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget, NoDevice, NoFp8."""
+    """Load the model and warm up. Raises MissingWeights, BadWeights, OverBudget, NoDevice, fp8.NoFp8."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise NoDevice("DEVICE=cuda, but torch finds no CUDA device here: leave DEVICE out, or install CUDA's torch")
@@ -110,7 +109,8 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
         tiers = [Tier("cuda", budget), *tiers]
     registry = Registry(store, device, dtype, tiers)
     if config.fp8:
-        registry.quantize = quantizer()
+        fp8.require(device)
+        registry.in_fp8 = True
     for name in choose_preload(store):
         registry.load(name)
     if device == "cuda":
@@ -192,7 +192,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     try:
         loop, recipe = build_loop(config, wire)
-    except (MissingWeights, BadWeights, OverBudget, NoDevice, NoFp8, torch.OutOfMemoryError) as error:
+    except (MissingWeights, BadWeights, OverBudget, NoDevice, fp8.NoFp8, torch.OutOfMemoryError) as error:
         wire.last_word(Fatal(str(error)))
         raise SystemExit(f"the engine cannot start: {error}") from error
     wire.feed(loop)

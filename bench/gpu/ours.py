@@ -10,7 +10,6 @@ from torch import Tensor
 
 from app.engine import cuda
 from bench.gpu.rig import Rig
-from models import fp8
 from models.graphs import Graphed, by_calling
 from models.pipeline import Conditioning, Pipeline, advance
 from models.registry import Registry, Tier
@@ -29,8 +28,7 @@ class Ours:
         self.pipeline = Pipeline(store, rig.device, rig.dtype)
         self.registry = Registry(store, rig.device, rig.dtype, [Tier(rig.device, 1 << 62)])
         self.registry.static = True
-        if in_fp8:
-            self.registry.quantize = fp8.quantizer()
+        self.registry.in_fp8 = in_fp8
         self.registry.load("4step-unet")
         self.unet = self.registry.use("4step-unet")
         self.synchronize()
