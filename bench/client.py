@@ -75,7 +75,7 @@ class Client:
     def __init__(self, host: str, port: int, path: str = "/generate") -> None:
         self.host, self.port = host, port
         self._head = (
-            f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: image/png\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: image/*\r\nContent-Type: application/json\r\n"
             "Content-Length: "
         ).encode()
         self._idle: list[Connection] = []

@@ -21,10 +21,11 @@ class Work:
     prompt: str
     steps: int
     seed: int
+    output_format: str = "png"
 
     def body(self, **more: object) -> bytes:
         """The JSON that every contender is sent; `more` are fields on top."""
-        return json.dumps({**asdict(self), "output_format": "png", **more}).encode()
+        return json.dumps({**asdict(self), **more}).encode()
 
 
 @cache
@@ -36,9 +37,9 @@ def prompts() -> tuple[str, ...]:
     )
 
 
-def stream(name: str, mix: tuple[int, ...]) -> Iterator[Work]:
+def stream(name: str, mix: tuple[int, ...], output_format: str = "png") -> Iterator[Work]:
     """Requests without end, the same for the same name: every len(mix) of them hold each step count once, shuffled."""
     rng = random.Random(name)
     while True:
         for steps in rng.sample(mix, len(mix)):
-            yield Work(rng.choice(prompts()), steps, rng.randrange(2**32))
+            yield Work(rng.choice(prompts()), steps, rng.randrange(2**32), output_format)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from models import weights
+from models.jpeg import JpegEncoder
 from models.schedule import Schedule, euler_step, model_input
 
 # UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
@@ -89,7 +90,7 @@ class Pipeline:
     """Everything of a family but the UNet's weights, which the registry owns.
 
     steps: how to step a UNet where there is a faster way than to call it (models.graphs); text and decoder are replaced
-    in place for the same end.
+    in place for the same end. jpeg: how to make files of pictures that are still on the device, where it can.
     """
 
     def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype) -> None:
@@ -111,6 +112,7 @@ class Pipeline:
         self.vae = Decoder(vae, vae_config["scaling_factor"], dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
         self.steps: dict[UNetFunction, Step] = {}
+        self.jpeg: JpegEncoder | None = None
         self.latent_channels: int = vae_config["latent_channels"]
         self.vae_scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent, 8
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
@@ -208,36 +210,51 @@ class Pipeline:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers
         return self.to_device(torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype))
 
-    @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pictures (B, H, W, 3) uint8, and (B,) bool, False where one is NaN or flat; both on the host.
+        """Pictures as decode_there() makes them, and whether they are sound, both on the host."""
+        pixels, sound = self.decode_there(latents)
+        return self.to_host(pixels), sound
+
+    @torch.inference_mode()
+    def decode_there(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pictures (B, H, W, 3) uint8 on the device, and on the host (B,) bool, False where one is NaN or flat.
 
         Blocks the calling thread and no other: called beside the thread that denoises, it overlaps the next steps; on
-        a GPU on a stream of its own, with copies into pinned memory. latents: B of (4, h, w), which the device has
-        finished (synchronize() after their last step). What float16 could not hold is decoded once more in float32.
+        a GPU on a stream of its own, on which to_host() and to_jpeg() go on. latents: B of (4, h, w), which the device
+        has finished (synchronize() after their last step). What float16 could not hold is decoded once more in float32.
         """
         pixels, sound = self._decode(self.decoder, latents)
         if self.dtype is torch.float16 and not sound.all():
             # Made anew each time, 0.3 GB for SDXL: with weights that are right for float16 it is never needed.
             with torch.cuda.stream(self._decode_stream):  # which reads them; no stream, no effect
                 exact = Decoder(copy.deepcopy(self.vae.vae).float(), self.vae.scaling_factor, torch.float32)
-            for row in (~sound).nonzero().flatten().tolist():
-                pixels[row : row + 1], sound[row : row + 1] = self._decode(exact, latents[row : row + 1])
+                for row in (~sound).nonzero().flatten().tolist():
+                    pixels[row : row + 1], sound[row : row + 1] = self._decode(exact, latents[row : row + 1])
         return pixels, sound
 
     def _decode(
         self, decoder: Callable[[Tensor], tuple[Tensor, Tensor]], latents: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        if self._decode_stream is None:
-            return decoder(torch.stack(tuple(latents)))
         with torch.cuda.stream(self._decode_stream):
             # Stacked here, not by the caller: on its stream the copy would wait behind the step that runs now.
-            pixels, sound = (
-                torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-                for part in decoder(torch.stack(tuple(latents)))
-            )
+            pixels, sound = decoder(torch.stack(tuple(latents)))
+            return pixels, sound.cpu()  # which waits for both
+
+    @torch.inference_mode()
+    def to_host(self, pixels: Tensor) -> Tensor:
+        """Pictures from decode_there(), in one copy into pinned memory."""
+        if self._decode_stream is None:
+            return pixels
+        with torch.cuda.stream(self._decode_stream):
+            host = torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels, non_blocking=True)
             self._decode_stream.synchronize()
-        return pixels, sound
+        return host
+
+    def to_jpeg(self, pixels: Tensor, quality: int) -> bytes:
+        """One picture (H, W, 3) from decode_there() as a file, made on the device; only where there is a `jpeg`."""
+        assert self.jpeg is not None
+        with torch.cuda.stream(self._decode_stream):
+            return self.jpeg(pixels, quality)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

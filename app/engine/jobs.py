@@ -10,7 +10,8 @@ Pixels = Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share."""
+    """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share.
+    jpeg: the quality of a JPEG file that the engine may make of it; 0 where its pixels are wanted."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -20,6 +21,7 @@ class Job(msgspec.Struct, frozen=True):
     height: Pixels
     width: Pixels
     deadline: float
+    jpeg: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
 
 
 @dataclass(frozen=True)

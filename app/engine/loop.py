@@ -20,6 +20,7 @@ from torch import Tensor
 
 from app.engine.calls import Call, Running, is_out_of_memory, make
 from app.engine.costs import Costs
+from app.engine.jobs import Job
 from app.engine.messages import (
     Cancel,
     Done,
@@ -41,6 +42,8 @@ from models.registry import Registry
 CHUNKS_BEHIND = 2  # a GPU's steps wait where more finished rows than so many decodes take wait for the decoder
 STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
 MANY = 1 << 30
+
+Picture = tuple[bytes, bool]  # pixels, or a JPEG file and True
 
 
 class Loop:
@@ -249,26 +252,32 @@ class Loop:
             running.spent("denoise", seconds)
             running.batches.append(len(rows))
 
-    def _decode(self, rows: list[Running]) -> tuple[list[bytes], list[bool]]:
-        pictures, sound = self.pipeline.decode([row.latents for row in rows if row.latents is not None])
-        return [pixels.numpy().tobytes() for pixels in pictures], sound.tolist()
+    def _decode(self, rows: list[Running]) -> tuple[list[Picture], list[bool]]:
+        pixels, sound = self.pipeline.decode_there([row.latents for row in rows if row.latents is not None])
+        pictures = [self._to_bytes(row.job, picture) for row, picture in zip(rows, pixels, strict=True)]
+        return pictures, sound.tolist()
+
+    def _to_bytes(self, job: Job, pixels: Tensor) -> Picture:
+        if job.jpeg and self.pipeline.jpeg is not None:
+            return self.pipeline.to_jpeg(pixels, job.jpeg), True
+        return self.pipeline.to_host(pixels).numpy().tobytes(), False
 
     def _decoded(
-        self, rows: list[Running], drawn: tuple[list[bytes], list[bool]], start: float, seconds: float
+        self, rows: list[Running], drawn: tuple[list[Picture], list[bool]], start: float, seconds: float
     ) -> None:
-        for running, pixels, is_sound in zip(rows, *drawn, strict=True):
+        for running, picture, is_sound in zip(rows, *drawn, strict=True):
             running.spent("decode", seconds)
             if self._is_here(running):
-                self._send_picture(running, pixels, is_sound)
+                self._send_picture(running, picture, is_sound)
 
-    def _send_picture(self, running: Running, pixels: bytes, is_sound: bool) -> None:
+    def _send_picture(self, running: Running, picture: Picture, is_sound: bool) -> None:
         job = running.job
         if not is_sound:
             self._fail(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture")
             return
         del self.board[job.id]
         truncated = running.conditioning is not None and running.conditioning.truncated
-        self.send(Done(job.id, job.height, job.width, pixels, running.seconds, running.batches, truncated))
+        self.send(Done(job.id, job.height, job.width, *picture, running.seconds, running.batches, truncated))
 
     def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""

@@ -77,12 +77,14 @@ class Worked(msgspec.Struct, tag=True, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """A picture: height x width x 3 bytes. Seconds by stage, and the batch size of each step."""
+    """A picture: height x width x 3 bytes, or if is_jpeg a file of them. Seconds by stage, and the batch size of each
+    step."""
 
     id: Id
     height: int
     width: int
     pixels: bytes
+    is_jpeg: bool
     seconds: dict[str, float]
     batches: list[int]
     truncated: bool

@@ -64,12 +64,11 @@ async def generate(
     family = CATALOG[engine.require_ready().family]
     variant = _variant(body, family)
     request.state.variant = variant.name
-    jobs = _jobs(body, family, variant, engine, start + _patience(body, settings))
+    output_format = bare or body.output_format
+    jobs = _jobs(body, family, variant, engine, start + _patience(body, settings), output_format)
     drawn = await _unless_the_client_leaves(request, engine.run(jobs, _fingerprint(request, body)))
     encoding = time.monotonic()
-    files = [
-        await _file(job, done, bare or body.output_format, body.quality) for job, done in zip(jobs, drawn, strict=True)
-    ]
+    files = [await _file(job, done, output_format, body.quality) for job, done in zip(jobs, drawn, strict=True)]
     engine.metrics.image_encode.observe((time.monotonic() - encoding) / len(files))
     timings = _timings(drawn, time.monotonic() - encoding, time.monotonic() - start)
     if bare:
@@ -95,7 +94,14 @@ def _patience(body: GenerateRequest, settings: Settings) -> float:
     return body.timeout or settings.timeout_s
 
 
-def _jobs(body: GenerateRequest, family: Family, variant: Variant, engine: EngineClient, deadline: float) -> list[Job]:
+def _jobs(
+    body: GenerateRequest,
+    family: Family,
+    variant: Variant,
+    engine: EngineClient,
+    deadline: float,
+    output_format: str,
+) -> list[Job]:
     """One job a picture. Raises InvalidRequest for a size the family does not draw."""
     width, height = (int(side) for side in body.size.split("x")) if body.size else (body.width, body.height)
     width, height = width or family.size.default, height or family.size.default
@@ -103,8 +109,9 @@ def _jobs(body: GenerateRequest, family: Family, variant: Variant, engine: Engin
         if refusal := family.size.refusal(side, pixels):
             raise InvalidRequest(refusal, "size" if body.size else side)
     seed = secrets.randbelow(SEED_LIMIT - body.n + 1) if body.seed == ABSENT else body.seed
+    jpeg = body.quality if output_format == "jpeg" else 0
     return [
-        Job(engine.new_id(), body.prompt, variant.name, variant.steps, seed + k, height, width, deadline)
+        Job(engine.new_id(), body.prompt, variant.name, variant.steps, seed + k, height, width, deadline, jpeg)
         for k in range(body.n)
     ]
 
@@ -146,6 +153,8 @@ async def _file(job: Job, done: Done, output_format: str, quality: int) -> bytes
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.variant}",
     }
+    if done.is_jpeg:
+        return images.mark_jpeg(done.pixels, parameters)
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
         return images.encode(done.pixels, done.width, done.height, output_format, quality, parameters)
     return await run_in_threadpool(

@@ -103,7 +103,7 @@ def run(
         seconds = 1.0 if options.tiny else options.seconds
         carried = (cache / "inductor").exists()  # else the compiler would not be done, and take part in each figure
         compiles = carried and not options.tiny and options.mode != "none"
-        compile_s = max(0.0, left() - 60 - 5 * seconds - 40) if compiles else 0.0
+        compile_s = max(0.0, left() - 60 - 7 * seconds - 50) if compiles else 0.0
         return served(rig, scratch, cache, seconds, compile_s)
     from bench.gpu.ours import Ours
     from bench.gpu.peer import Peer

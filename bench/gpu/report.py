@@ -36,7 +36,7 @@ def show(results: dict[str, Any], path: Path) -> None:
     server = {key: row for key, row in results.get("server", {}).items() if isinstance(row, dict) and "p50_ms" in row}
     if server:
         columns = list(next(iter(server.values())))
-        lines += ["", "## Over HTTP, with PNG", ""]
+        lines += ["", "## Over HTTP, with PNG where nothing else is said", ""]
         lines += _table(["load", *columns], [[key, *(row.get(c) for c in columns)] for key, row in server.items()])
     text = "\n".join(lines) + "\n"
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""The whole server over HTTP, with PNG: a real process, a real port, the same load generator as `make bench`."""
+"""The whole server over HTTP, mostly with PNG: a real process, a real port, the same load generator as `make bench`."""
 
 import asyncio
 import json
@@ -90,13 +90,15 @@ async def _load(server: Contender, seconds: float, whole: bool) -> dict[str, Any
     async with server.turn() as client:
         warm = min(3.0, seconds / 2)
 
-        async def closed(clients: int, mix: tuple[int, ...]) -> Phase:
-            work = stream(f"gpu {clients} {mix}", mix)
+        async def closed(clients: int, mix: tuple[int, ...], output_format: str = "png") -> Phase:
+            work = stream(f"gpu {clients} {mix} {output_format}", mix, output_format)
             return await closed_loop(client, work, clients, seconds, warm)
 
         keep("closed, 16 clients, 4 steps", await closed(CLIENTS, FOUR))
         if whole:
             keep("closed, 1 client, 4 steps", await closed(1, FOUR))
+            keep("closed, 1 client, 4 steps, JPEG", await closed(1, FOUR, "jpeg"))
+            keep("closed, 16 clients, 4 steps, JPEG", await closed(CLIENTS, FOUR, "jpeg"))
             await _touch_all(client)
             keep("closed, 16 clients, even mix of 1/2/4/8 steps", await closed(CLIENTS, EVEN_MIX))
             rate = 0.8 * found["closed, 16 clients, 4 steps"]["images_per_s"]
