@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 
 
@@ -11,20 +12,20 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """A record as JSON; an exception's traceback goes into one field."""
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
+        fields = getattr(record, "fields", {})
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+            fields = {**fields, "exception": self.formatException(record.exc_info)}
+        return _line(record.created, record.levelname.lower(), record.getMessage(), fields)
 
 
-def say(event: str, **fields: object) -> None:
+def say(event: str, level: str = "info", **fields: object) -> None:
     """One line from the engine process, which has no logging set up: stderr is the HTTP process's own."""
-    print(json.dumps({"event": event, **fields}), file=sys.stderr, flush=True)
+    print(_line(time.time(), level, event, fields), file=sys.stderr, flush=True)
+
+
+def _line(seconds: float, level: str, event: str, fields: dict[str, object]) -> str:
+    when = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": when, "level": level, "event": event, **fields}, ensure_ascii=False)
 
 
 def set_up(level: str) -> None:

@@ -69,7 +69,7 @@ class Graphed:
     def capture(self, rows: Rows, bucket: int, function: Callable[..., Any] | None = None) -> None:
         """Record a graph for `bucket` rows like these, and use it from now on. function: one that does the same,
         faster; its first call may take its time, calls of this go on meanwhile."""
-        call = function or self.function
+        call = self.function if function is None else function  # a compiled module has no truth: it would ask its len()
         inputs = tuple(each[:1].repeat(bucket, *[1] * (each.ndim - 1)) for each in rows)
 
         def over_the_inputs() -> Rows:

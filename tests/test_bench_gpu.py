@@ -34,6 +34,7 @@ def test_all_parts_run_at_toy_size_and_leave_no_results_in_the_repository(tmp_pa
     (path,) = tmp_path.glob("bench-gpu-*/gpu.json")
     found = json.loads(path.read_text())
     assert found.keys() >= KEYS
+    assert found["stages"]["skipped"] == []
     assert (found["check"]["passed"], found["gpu"]) == (True, "none: a toy on the CPU")
     assert found["psnr_db_vs_diffusers"] > 60
     assert found["images_per_s_4step_http_1024"] > 0

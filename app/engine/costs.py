@@ -87,6 +87,12 @@ class Costs(msgspec.Struct, frozen=True):
             encode=self.encode * by,
         )
 
+    def joined(self, other: "Costs") -> "Costs":
+        """The same table with what another has measured since."""
+        return msgspec.structs.replace(
+            self, step={**self.step, **other.step}, decode={**self.decode, **other.decode}, encode=other.encode
+        )
+
     def capped(self, step: int, decode: int) -> "Costs":
         """The same table without the batch sizes above these: larger ones do not fit into memory."""
         return msgspec.structs.replace(

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +35,8 @@ def spare_memory() -> int:
 
 
 def prepare(pipeline: Pipeline, registry: Registry) -> None:
-    """Choose the attention kernel, and replace the pipeline's functions by graphs: of the text encoders recorded here,
-    of step and decoder by the warm-up's measurements. JPEG files are made on the GPU where that can be."""
+    """Choose the attention kernel, and replace the pipeline's functions by graphs, which the warm-up's measurements
+    record. JPEG files are made on the GPU where that can be."""
     say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
     pipeline.jpeg = jpeg.on_gpu()
     assert isinstance(pipeline.text, TextEncoders)
@@ -45,8 +45,6 @@ def prepare(pipeline: Pipeline, registry: Registry) -> None:
     pipeline.text = Graphed(pipeline.text, on_gpu(STEPS_PRIORITY))
     pipeline.decoder = Graphed(pipeline.decoder, on_gpu(0), DECODED)
     pipeline.steps[registry.unet] = Graphed(partial(advance, registry.unet), on_gpu(STEPS_PRIORITY))
-    for bucket in reversed(BUCKETS):
-        pipeline.encode([f"warm-up {row} of {bucket}" for row in range(bucket)])
 
 
 def record_from(pipeline: Pipeline, often: int) -> None:
@@ -54,6 +52,22 @@ def record_from(pipeline: Pipeline, often: int) -> None:
     for graphed in (pipeline.text, pipeline.decoder, *pipeline.steps.values()):
         assert isinstance(graphed, Graphed)
         graphed.often = often
+
+
+def record_later(loop: Loop, measure: Callable[[Sequence[int]], Costs], batches: Sequence[int]) -> None:
+    """Record what larger batches run through, beside the service, each between two calls; the largest first, because
+    the memory of its graphs has room for the others'."""
+
+    def record(batch: int) -> None:
+        record_from(loop.pipeline, 1)
+        loop.pipeline.encode([f"warm-up {row} of {batch}" for row in range(batch)])
+        loop.replace_costs(loop.costs.joined(measure([batch])))
+        record_from(loop.pipeline, SEEN_OFTEN)
+
+    record_from(loop.pipeline, SEEN_OFTEN)
+    for batch in sorted(batches, reverse=True):
+        loop.when_idle(partial(record, batch))
+    loop.when_idle(lambda: say("graphs recorded"))
 
 
 def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:

@@ -64,7 +64,7 @@ class Loop:
         self._loading: set[str] = set()
         self._flying: list[Call] = []
         self._retries: list[Call] = []
-        self._when_idle: list[Callable[[], None]] = []
+        self._when_idle: deque[Call] = deque()
         self._lock = threading.Condition()
         self._caps = {"denoise": MANY, "decode": MANY}  # rows of a call that fit into memory, as learned
         self._threads = torch.get_num_threads()  # of a lane; torch counts them per thread
@@ -107,8 +107,8 @@ class Loop:
             os._exit(70)  # never alive and mute: the other process starts a new engine
 
     def when_idle(self, change: Callable[[], None]) -> None:
-        """Make a change that no call may overlap. Under the lock: post it."""
-        self._when_idle.append(change)
+        """Make a change that no call may overlap, in a lane. Under the lock: post it, or say it before run()."""
+        self._when_idle.append(Call("change", [], lambda rows: change(), lambda *landed: None))
 
     def report(self) -> Report:
         """The answer to a Ping."""
@@ -146,10 +146,10 @@ class Loop:
         """What this lane does next, or None."""
         while self._inbox:
             self._take(self._inbox.popleft())
+        if any(not call.rows for call in self._flying):
+            return None  # a change, that no call may overlap
         if self._when_idle and not self._retries:  # it may change the weights that a retry was given
-            if self._flying:
-                return None  # let what flies land first
-            self._when_idle.pop(0)()
+            return None if self._flying else self._start(self._when_idle.popleft())
         now = time.monotonic()
         self._tend_loading(now)
         retry = next((call for call in self._retries if self._room(call.stage) > 0), None)
@@ -198,6 +198,10 @@ class Loop:
         self._flying.remove(call)
         for row in call.rows:
             row.busy = False
+        if not call.rows:
+            if isinstance(result, Exception):
+                raise result  # who knows what is half changed
+            return
         if isinstance(result, Exception) and is_out_of_memory(result):
             self._shrink(call, result)
         elif isinstance(result, Exception):

@@ -1,7 +1,7 @@
 """Measure at start-up what a step and a decode take at each batch size on this machine."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,15 +14,21 @@ from models.registry import Registry
 REPEATS = 3  # after one call that is not counted; the fastest is kept, since a shared machine only ever adds time
 
 
-def measure(pipeline: Pipeline, registry: Registry, variant: str, pixels: int, max_batch: int, lanes: int) -> Costs:
-    """Time the resident `variant` on square pictures of `pixels` a side, at batch sizes 1, 2, 4, ... max_batch, or as
-    far as memory goes. Raises torch.OutOfMemoryError if it is not enough for one picture."""
+def sizes(max_batch: int) -> list[int]:
+    """The batch sizes that are measured: 1, 2, 4, ... max_batch."""
+    return [1 << power for power in range(max_batch.bit_length())]
+
+
+def measure(
+    pipeline: Pipeline, registry: Registry, variant: str, pixels: int, batches: Sequence[int], lanes: int
+) -> Costs:
+    """Time the resident `variant` on square pictures of `pixels` a side, at these batch sizes, or as far as memory
+    goes. Raises torch.OutOfMemoryError if it is not enough for one picture."""
     unet, schedule = registry.use(variant), registry.schedules[variant]
     noise = pipeline.noise(0, pixels, pixels, schedule)
     conditioning = pipeline.project(unet, pipeline.encode(["a warm-up"])[0])
     step, decode = {}, {}
-    batches = [1 << power for power in range(max_batch.bit_length())]
-    for batch in reversed(batches):  # the largest first: the memory of its graph has room for the others'
+    for batch in sorted(batches, reverse=True):  # the largest first: the memory of its graph has room for the others'
         latents = noise.repeat(batch, 1, 1, 1)
         index = torch.zeros(batch, dtype=torch.int64, device=pipeline.device)
         rows = [conditioning] * batch

@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,7 +21,7 @@ from app.engine.config import EngineConfig
 from app.engine.costs import Costs
 from app.engine.loop import Loop
 from app.engine.messages import Fatal, FromEngine, Ready, frame, receive
-from app.engine.warmup import measure
+from app.engine.warmup import measure, sizes
 from app.logs import say
 from models import compiled, fp8
 from models.aoti import Broken
@@ -113,12 +115,15 @@ def build_loop(config: EngineConfig, wire: Wire) -> tuple[Loop, compiled.Recipe 
         registry.in_fp8 = True
     for name in choose_preload(store):
         registry.load(name)
+    say("weights loaded", variants=[row.name for row in registry.status() if row.state == "resident"])
     if device == "cuda":
         cuda.prepare(pipeline, registry)
     recipe = compiled.Recipe(store, dtype, Path(config.cache)) if config.compile and _compiles(family, device) else None
     if recipe is not None and recipe.is_built():
         _use_compiled(pipeline, registry, recipe, lanes)
-    costs = _measured(config, pipeline, registry, lanes)
+    # On a GPU a batch of one is enough to serve: the others are recorded beside the service.
+    batches = _sizes(config, device)[: 1 if device == "cuda" else None]
+    costs = _measured(pipeline, registry, lanes, batches)
     loop = Loop(pipeline, registry, costs, wire.send, lanes)
     loop.compiled = registry.bind is not None
     return loop, recipe
@@ -137,10 +142,13 @@ def _compiles(family: Family, device: str) -> bool:
     return device == "cpu" and family.name == "embedded"
 
 
-def _measured(config: EngineConfig, pipeline: Pipeline, registry: Registry, lanes: int) -> Costs:
-    max_batch = config.max_batch or MAX_BATCH[pipeline.device]
+def _sizes(config: EngineConfig, device: str) -> list[int]:
+    return sizes(config.max_batch or MAX_BATCH[device])
+
+
+def _measured(pipeline: Pipeline, registry: Registry, lanes: int, batches: Sequence[int]) -> Costs:
     at_a_time = 1 if registry.bind is None else lanes  # else the lanes do different things: one module steps at a time
-    return measure(pipeline, registry, _resident(registry), registry.store.family.size.default, max_batch, at_a_time)
+    return measure(pipeline, registry, _resident(registry), registry.store.family.size.default, batches, at_a_time)
 
 
 def _resident(registry: Registry) -> str:
@@ -168,7 +176,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
     def swap_in() -> None:
         _use_compiled(loop.pipeline, loop.registry, recipe, loop.lanes)
         loop.compiled = loop.registry.bind is not None
-        loop.replace_costs(_measured(config, loop.pipeline, loop.registry, loop.lanes))
+        loop.replace_costs(_measured(loop.pipeline, loop.registry, loop.lanes, _sizes(config, loop.pipeline.device)))
         if loop.compiled:
             say("compiled code in place")
 
@@ -185,6 +193,7 @@ def compile_later(config: EngineConfig, loop: Loop, recipe: compiled.Recipe) -> 
 
 def main() -> None:
     """Serve one device until the pipe closes."""
+    say("engine started")  # behind its imports
     # Signals to the process group are the HTTP process's business: the engine leaves when its pipe does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -202,9 +211,11 @@ def main() -> None:
     if recipe is not None and not loop.compiled and compiled.can_build(recipe.cache):
         compile_later(config, loop, recipe)
     if loop.pipeline.device == "cuda":
-        cuda.record_from(loop.pipeline, cuda.SEEN_OFTEN)
+        measured = partial(_measured, loop.pipeline, loop.registry, loop.lanes)
+        batches = _sizes(config, "cuda")
+        cuda.record_later(loop, measured, batches[1:])
         if config.compile:
-            cuda.compile_later(loop, lambda: _measured(config, loop.pipeline, loop.registry, loop.lanes))
+            loop.when_idle(lambda: cuda.compile_later(loop, lambda: measured(batches)))
     loop.run()
 
 

@@ -36,6 +36,8 @@ class Ours:
         if self.on_gpu:
             cuda.prepare(self.pipeline, self.registry)
         else:
+            self.pipeline.text = Graphed(self.pipeline.text, by_calling)
+            self.pipeline.decoder = Graphed(self.pipeline.decoder, by_calling, cuda.DECODED)
             self.pipeline.steps[self.unet] = Graphed(partial(advance, self.unet), by_calling)
         self.steps = self.pipeline.steps[self.unet]
 

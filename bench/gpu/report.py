@@ -30,9 +30,9 @@ def show(results: dict[str, Any], path: Path) -> None:
         for pixels, table in stages.get(title, {}).items():
             if isinstance(table, dict) and table:
                 lines += ["", f"## {title.replace('_', ', ')}, {pixels} px", "", *_by_stage(table)]
-    for name in ("decode_folded_ms", "diffusers_compiled", "skipped"):
+    for name in ("decode_folded_ms", "decode_vectorised_and_folded_compiled_ms", "diffusers_compiled", "skipped"):
         if stages.get(name):
-            lines += ["", f"{name.replace('_', ', ')}: {stages[name]}"]
+            lines += ["", f"{name.replace('_', ' ')}: {stages[name]}"]
     server = {key: row for key, row in results.get("server", {}).items() if isinstance(row, dict) and "p50_ms" in row}
     if server:
         columns = list(next(iter(server.values())))

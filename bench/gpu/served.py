@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from bench.load import Phase, closed_loop, open_loop
 from bench.work import EVEN_MIX, FOUR, Work, stream
 
 CLIENTS = 16
-READY_S = 240.0  # eleven recordings, and cuDNN's choice for each new convolution
+READY_S = 240.0  # a load, three recordings, and cuDNN's choice for each new convolution; then eight more recordings
 
 
 def served(rig: Rig, folder: Path, cache: Path, seconds: float, compile_s: float) -> dict[str, Any]:
     """Start it, wait until it is ready and, for so many seconds more, until its compiled code is in place; load it."""
     server = _server(rig, folder, cache, compile_s > 0)
-    start = time.monotonic()
+    start, clock = time.monotonic(), time.time()
     server.start(folder)
     try:
         if not server.wait_ready(limit=READY_S):
@@ -31,19 +32,38 @@ def served(rig: Rig, folder: Path, cache: Path, seconds: float, compile_s: float
         found: dict[str, Any] = {"ready_s": round(time.monotonic() - start, 2)}
         asyncio.run(_one(server))
         found["first_image_s"] = round(time.monotonic() - start, 2)
+        if rig.device == "cuda":
+            found["all_graphs_ready_s"] = _when_said("graphs recorded", folder, clock, READY_S)
         if compile_s:
             print("before compilation:")
             found["before_compilation"] = asyncio.run(_load(server, min(seconds, 8.0), whole=False))
             in_place = server.wait_ready(lambda body: body["compiled"] is True, limit=compile_s)
-            found["all_graphs_ready_s"] = round(time.monotonic() - start, 1) if in_place else None
+            found["compiled_s"] = round(time.monotonic() - start, 1) if in_place else None
         found |= asyncio.run(_load(server, seconds, whole=True))
     finally:
         server.end()
-        found_log = (folder / "ours.log").read_text(errors="replace")
-        print(found_log[-2000:])
+        print((folder / "ours.log").read_text(errors="replace")[-2000:])
     found["images_per_s_4step_http_1024"] = found["closed, 16 clients, 4 steps"]["images_per_s"]
-    found["events"] = [json.loads(line) for line in found_log.splitlines() if line.startswith('{"event"')][:40]
+    found["events"] = [{**event, "at_s": at} for at, event in _said(folder, clock) if event["event"] != "request"][:40]
     return found
+
+
+def _said(folder: Path, start: float) -> list[tuple[float, dict[str, Any]]]:
+    """What the server logged, and how many seconds after its start."""
+    lines = (folder / "ours.log").read_text(errors="replace").splitlines()
+    events = [json.loads(line) for line in lines if line.startswith('{"time"') and line.endswith("}")]
+    return [(round(datetime.fromisoformat(event["time"]).timestamp() - start, 2), event) for event in events]
+
+
+def _when_said(words: str, folder: Path, start: float, limit: float) -> float | None:
+    """Seconds after its start at which the server logged this; None if it did not within `limit` seconds from now."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        for at, event in _said(folder, start):
+            if event["event"] == words:
+                return at
+        time.sleep(0.2)
+    return None
 
 
 def _server(rig: Rig, folder: Path, cache: Path, compiles: bool) -> Contender:

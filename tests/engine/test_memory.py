@@ -98,10 +98,10 @@ def test_one_picture_that_does_not_fit_is_told_so(pipeline, registry):
 
 def test_the_warm_up_measures_as_far_as_memory_goes(pipeline, registry):
     pipeline.decoder = too_small_for(2, pipeline.decoder)
-    assert sorted(measure(pipeline, registry, "1step-unet", 128, 8, 1).step) == [1, 2]
+    assert sorted(measure(pipeline, registry, "1step-unet", 128, [1, 2, 4, 8], 1).step) == [1, 2]
     pipeline.decoder = too_small_for(0, pipeline.decoder)
     with pytest.raises(torch.OutOfMemoryError):
-        measure(pipeline, registry, "1step-unet", 128, 2, 1)
+        measure(pipeline, registry, "1step-unet", 128, [1, 2], 1)
 
 
 def test_what_is_loaded_at_start_is_what_is_there(embedded_copy):
