@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,20 +29,36 @@ def bench_gpu(*options: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_all_parts_run_at_toy_size_and_leave_no_results_in_the_repository(tmp_path):
+def toy(folder: Path, *options: str, **environment: str) -> dict[str, Any]:
+    """What it finds at toy size."""
     before = sorted((ROOT / "bench" / "results").iterdir())
-    done = bench_gpu("--tiny", "--seconds", "0.5", TMPDIR=str(tmp_path), OUT=str(tmp_path / "never"))
+    done = bench_gpu("--tiny", *options, TMPDIR=str(folder), OUT=str(folder / "never"), **environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = tmp_path.glob("bench-gpu-*/gpu.json")
-    found = json.loads(path.read_text())
-    assert found.keys() >= KEYS
-    assert found["stages"]["skipped"] == []
-    assert (found["check"]["passed"], found["gpu"]) == (True, "none: a toy on the CPU")
-    assert found["psnr_db_vs_diffusers"] > 60
-    assert found["images_per_s_4step_http_1024"] > 0
+    (path,) = folder.glob("bench-gpu-*/gpu.json")
     assert "RANDOM" in path.with_suffix(".md").read_text()
     assert sorted((ROOT / "bench" / "results").iterdir()) == before
-    assert not (tmp_path / "never").exists()
+    assert not (folder / "never").exists()
+    found = json.loads(path.read_text())
+    assert found.keys() >= KEYS
+    assert (found["check"]["passed"], found["gpu"]) == (True, "none that counts: a toy")
+    assert found["stages"]["skipped"] == []
+    return found
+
+
+def test_on_a_cpu_it_runs_at_toy_size_and_what_is_to_be_compiled_is_traced(tmp_path):
+    found = toy(tmp_path, "--part", "check", "stages")
+    assert found["psnr_db_vs_diffusers"] > 60
+    assert found["stages"]["ours_compiled"]["psnr_db_vs_uncompiled"] > 60
+
+
+def test_as_on_a_gpu_it_runs_at_toy_size_through_graphs_in_float16_and_serves(tmp_path):
+    """With CUDA's runtime stood in for (tests/stand_in)."""
+    stand_in = str(ROOT / "tests" / "stand_in")
+    found = toy(tmp_path, "--mode", "none", "--seconds", "0.5", PYTHONPATH=stand_in)
+    assert found["psnr_db_vs_diffusers"] > 50
+    assert found["check"]["recorded"] is found["check"]["a_step_waits_for_nothing"] is True
+    assert found["images_per_s_4step_http_1024"] > 0
+    assert found["server"]["ready_s"] < found["server"]["all_graphs_ready_s"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

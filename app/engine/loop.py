@@ -5,6 +5,7 @@ tell it what to do. The board is changed under one lock; tensors are worked on w
 """
 
 import gc
+import math
 import os
 import threading
 import time
@@ -41,6 +42,7 @@ from models.registry import Registry
 
 CHUNKS_BEHIND = 2  # a GPU's steps wait where more finished rows than so many decodes take wait for the decoder
 STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
+BETWEEN_CHANGES_S = 2.0  # of service, where somebody waits: each change takes a second or more on a GPU
 MANY = 1 << 30
 
 Picture = tuple[bytes, bool]  # pixels, or a JPEG file and True
@@ -65,6 +67,7 @@ class Loop:
         self._flying: list[Call] = []
         self._retries: list[Call] = []
         self._when_idle: deque[Call] = deque()
+        self._changed = -math.inf  # when the last change was made
         self._lock = threading.Condition()
         self._caps = {"denoise": MANY, "decode": MANY}  # rows of a call that fit into memory, as learned
         self._threads = torch.get_num_threads()  # of a lane; torch counts them per thread
@@ -148,9 +151,9 @@ class Loop:
             self._take(self._inbox.popleft())
         if any(not call.rows for call in self._flying):
             return None  # a change, that no call may overlap
-        if self._when_idle and not self._retries:  # it may change the weights that a retry was given
-            return None if self._flying else self._start(self._when_idle.popleft())
         now = time.monotonic()
+        if self._may_change(now):
+            return None if self._flying else self._start(replace(self._when_idle.popleft(), start=now))
         self._tend_loading(now)
         retry = next((call for call in self._retries if self._room(call.stage) > 0), None)
         if retry is not None:
@@ -172,6 +175,12 @@ class Loop:
         if todo.step:
             return self._start_step([self.board[row.id] for row in todo.step])
         return None
+
+    def _may_change(self, now: float) -> bool:
+        """Whether it is a change's turn: where nobody waits, or where all have been served for a while since the last.
+        Not before a retry, whose weights it may change."""
+        turn = not self.board or now - self._changed > BETWEEN_CHANGES_S
+        return bool(self._when_idle) and not self._retries and turn
 
     def _room(self, stage: str) -> int:
         """How many more calls of a stage may start now."""
@@ -201,6 +210,7 @@ class Loop:
         if not call.rows:
             if isinstance(result, Exception):
                 raise result  # who knows what is half changed
+            self._changed = time.monotonic()
             return
         if isinstance(result, Exception) and is_out_of_memory(result):
             self._shrink(call, result)

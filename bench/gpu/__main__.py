@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mode", default=COMPILE_MODE, help="of torch.compile in `stages`; none: graphs of eager code")
     parser.add_argument(
         "--tiny", action="store_true", default=os.environ.get("TINY", "") not in ("", "0"),
-        help="a toy on the CPU, to try the script; its figures mean nothing and go to a temporary folder",
+        help="a toy, on a CPU too, to try the script; its figures mean nothing and go to a temporary folder",
     )  # fmt: skip
     options = parser.parse_args()
     if unknown := set(options.part) - set(PARTS):
@@ -62,7 +62,7 @@ def main() -> None:
     rig = build(
         options.rig or (scratch if options.tiny else Path(tempfile.gettempdir())) / "sdxl-random",
         options.tiny,
-        "cpu" if options.tiny else "cuda",
+        "cuda" if torch.cuda.is_available() else "cpu",
     )
     print(f"the rig, of RANDOM weights, is in {rig.directory} after {time.monotonic() - began:.0f} s", flush=True)
     about = _about(options.tiny)
@@ -145,7 +145,7 @@ def _about(tiny: bool) -> dict[str, Any]:
     gpu: Any = None if tiny else torch.cuda.get_device_properties(0)
     return {
         "weights": "RANDOM, of the embedded model's size (a toy)" if tiny else "RANDOM, at SDXL's full size",
-        "gpu": "none: a toy on the CPU" if tiny else gpu.name,
+        "gpu": "none that counts: a toy" if tiny else gpu.name,
         "gpu_memory_gib": None if tiny else round(gpu.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),

@@ -71,6 +71,11 @@ class Rig:
     dtype: torch.dtype
 
     @property
+    def is_toy(self) -> bool:
+        """Whether it has the embedded model's size."""
+        return self.family.name == "embedded"
+
+    @property
     def variants(self) -> list[str]:
         """1, 2, 4 and 8 steps."""
         return [f"{steps}step-unet" for steps in (1, 2, 4, 8)]
@@ -79,7 +84,8 @@ class Rig:
 def build(directory: Path, tiny: bool, device: str) -> Rig:
     """Write the rig, unless it is there: 12.3 GB at full size in float16. Weights are the same at every build on one
     kind of device. 4step-unet has a UNet of its own; the other three share one, through links."""
-    rig = Rig(directory, CATALOG["embedded" if tiny else "sdxl"], device, torch.float32 if tiny else torch.float16)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    rig = Rig(directory, CATALOG["embedded" if tiny else "sdxl"], device, dtype)
     if (directory / LABEL).exists():
         return rig
     for part in ("tokenizer", "tokenizer_2", "scheduler"):

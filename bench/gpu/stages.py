@@ -44,8 +44,8 @@ def stages(
 ) -> dict[str, Any]:
     """Everything that fits into the time there is; what does not is left out, and named in "skipped". mode: of
     torch.compile, or "none"."""
-    found: dict[str, Any] = {"skipped": [], "matmul_tflops": _matmul_rate(ours.rig.device)}
-    batches = BUCKETS if ours.on_gpu else BUCKETS[:2]
+    found: dict[str, Any] = {"skipped": [], "matmul_tflops": _matmul_rate(ours)}
+    batches = BUCKETS[:2] if ours.rig.is_toy else BUCKETS
     found["import_s"], found["load_s"] = _import_seconds() if ours.on_gpu else None, round(ours.load_s, 2)
     photo = picture().tobytes()
     found["png_ms_photo_like_1024"] = _milliseconds(lambda: _file(photo, SIDE), lambda: None)
@@ -281,12 +281,11 @@ def _summarise(found: dict[str, Any], pixels: int) -> None:
         found["share_of_matmul_rate"] = round(1e3 * tflop / fastest / found["matmul_tflops"], 3)
 
 
-def _matmul_rate(device: str) -> float:
-    """TFLOP/s of a large float16 product (float32 and smaller on a CPU): the ceiling of this device, measured."""
-    side = MATMUL if device == "cuda" else 256
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    return round(2 * side**3 / (_milliseconds(lambda: a @ b, wait, repeats=20) * 1e9), 3)
+def _matmul_rate(ours: Ours) -> float:
+    """TFLOP/s of a large product in the rig's dtype (a small one, of a toy): the ceiling of this device, measured."""
+    side = 256 if ours.rig.is_toy else MATMUL
+    a, b = torch.randn(2, side, side, device=ours.rig.device, dtype=ours.rig.dtype)
+    return round(2 * side**3 / (_milliseconds(lambda: a @ b, ours.synchronize, repeats=20) * 1e9), 3)
 
 
 def _import_seconds() -> float:

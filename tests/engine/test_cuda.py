@@ -65,12 +65,15 @@ def test_larger_batches_are_recorded_beside_the_service_and_measured_then():
     assert (buckets(engine.steps), buckets(engine.pipeline.decoder), sorted(engine.loop.costs.step)) == ([1], [1], [1])
     cuda.record_later(engine.loop, engine.measure, [2, 4, 8])
     engine.run()
+    assert eventually(lambda: engine.loop._flying != [], 10)
     first = engine.draw(0, 1, 2)
     assert eventually(lambda: sorted(engine.loop.costs.step) == [1, 2, 4, 8], 30)
     assert buckets(engine.steps) == buckets(engine.pipeline.text) == [1, 2, 4, 8]
     assert buckets(engine.pipeline.decoder) == [1, 2, 4]
     learned = [sorted(each.costs.step) for each in engine.sent if isinstance(each, Measured)]
     assert learned == [[1, 8], [1, 4, 8], [1, 2, 4, 8]]
+    kinds = [type(each) for each in engine.sent if isinstance(each, Done | Measured)]
+    assert kinds == [Measured, Done, Done, Done, Measured, Measured]  # who came meanwhile was served between two
     for before, after in zip(first, engine.draw(10, 11, 12), strict=True):
         assert abs(np.frombuffer(before, np.uint8).astype(int) - np.frombuffer(after, np.uint8)).max() <= 1
 
