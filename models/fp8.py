@@ -6,9 +6,7 @@ GPU alone, so it could be neither used with ours nor tested here (docs/performan
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # that it holds
@@ -32,12 +30,8 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out) in x's dtype; the product comes out in bfloat16, which all kernels write."""
         rows, scale = scaled(x.flatten(0, -2))
-        product = F.scaled_mm(
-            *(rows, self.weight.t()),
-            *(scale, ScalingType.RowWise),
-            *(self.scale.t(), ScalingType.RowWise),
-            output_dtype=torch.bfloat16,
-        )
+        # Not F.scaled_mm: torch 2.11's compiler knows no way but this one to compute it, and may fuse what is around.
+        product = torch._scaled_mm(rows, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16)
         out = product.to(x.dtype).unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
 

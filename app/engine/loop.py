@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.engine import work
 from app.engine.calls import Call, Running, is_out_of_memory, make
 from app.engine.costs import Costs
-from app.engine.jobs import Job
 from app.engine.messages import (
     Cancel,
     Done,
@@ -37,15 +37,13 @@ from app.engine.messages import (
 )
 from app.engine.scheduler import plan
 from models.graphs import release_cached_memory
-from models.pipeline import Conditioning, Pipeline, UNetFunction
+from models.pipeline import Conditioning, Pipeline
 from models.registry import Registry
 
 CHUNKS_BEHIND = 2  # a GPU's steps wait where more finished rows than so many decodes take wait for the decoder
 STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
 BETWEEN_CHANGES_S = 2.0  # of service, where somebody waits: each change takes a second or more on a GPU
 MANY = 1 << 30
-
-Picture = tuple[bytes, bool]  # pixels, or a JPEG file and True
 
 
 class Loop:
@@ -162,7 +160,7 @@ class Loop:
         idle = [row for row in self.board.values() if not row.busy and self.registry.is_resident(row.job.variant)]
         new = [row for row in idle if row.conditioning is None]
         if new and self._room("encode") > 0:  # all together: a call costs more than a prompt
-            return self._start(Call("encode", new, self._encode, self._encoded))
+            return self._start(Call("encode", new, partial(work.encode, self.pipeline), self._encoded))
         room = 0 if self._decoder_is_behind(idle) else self._room("denoise")
         todo = plan([row.row for row in idle if row.conditioning is not None], self.costs, now, room)
         for late in todo.refuse:
@@ -171,7 +169,7 @@ class Loop:
             first = todo.decode[0]
             alike = [row for row in todo.decode if (row.height, row.width) == (first.height, first.width)]
             rows = [self.board[row.id] for row in alike[: self.costs.best_decode_batch]]
-            return self._start(Call("decode", rows, self._decode, self._decoded))
+            return self._start(Call("decode", rows, partial(work.decode, self.pipeline), self._decoded))
         if todo.step:
             return self._start_step([self.board[row.id] for row in todo.step])
         return None
@@ -226,37 +224,19 @@ class Loop:
         """Whether the client of a row still waits for it."""
         return self.board.get(row.job.id) is row
 
-    def _encode(self, rows: list[Running]) -> list[Conditioning]:
-        return self.pipeline.encode([row.job.prompt for row in rows])
-
     def _encoded(self, rows: list[Running], found: list[Conditioning], start: float, seconds: float) -> None:
         for running, conditioning in zip(rows, found, strict=True):
             running.conditioning = conditioning
             running.spent("encode", seconds)
 
     def _start_step(self, rows: list[Running]) -> Call | None:
+        name = rows[0].job.variant
         try:
-            unet = self.registry.use(rows[0].job.variant)
+            unet = self.registry.use(name)
         except KeyError:
             return None  # evicted since the plan was made: the rows stay, and it is loaded again
-        return self._start(Call("denoise", rows, partial(self._denoise, unet), self._stepped))
-
-    def _denoise(self, unet: UNetFunction, rows: list[Running]) -> Tensor:
-        schedule = self.registry.schedules[rows[0].job.variant]
-        for row in rows:
-            if row.latents is None and row.conditioning is not None:
-                row.conditioning = self.pipeline.project(unet, row.conditioning)
-        latents = [
-            self.pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
-            if row.latents is None
-            else row.latents
-            for row in rows
-        ]
-        step = self.pipeline.to_device(torch.tensor([row.step for row in rows]))
-        conditioning = [row.conditioning for row in rows if row.conditioning is not None]
-        stepped = self.pipeline.denoise(unet, schedule, torch.stack(latents), step, conditioning)
-        self.pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
-        return stepped
+        step = partial(work.denoise, self.pipeline, unet, self.registry.schedules[name])
+        return self._start(Call("denoise", rows, step, self._stepped))
 
     def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
         for running, latents in zip(rows, stepped, strict=True):
@@ -266,25 +246,15 @@ class Loop:
             running.spent("denoise", seconds)
             running.batches.append(len(rows))
 
-    def _decode(self, rows: list[Running]) -> tuple[list[Picture], list[bool]]:
-        pixels, sound = self.pipeline.decode_there([row.latents for row in rows if row.latents is not None])
-        pictures = [self._to_bytes(row.job, picture) for row, picture in zip(rows, pixels, strict=True)]
-        return pictures, sound.tolist()
-
-    def _to_bytes(self, job: Job, pixels: Tensor) -> Picture:
-        if job.jpeg and self.pipeline.jpeg is not None:
-            return self.pipeline.to_jpeg(pixels, job.jpeg), True
-        return self.pipeline.to_host(pixels).numpy().tobytes(), False
-
     def _decoded(
-        self, rows: list[Running], drawn: tuple[list[Picture], list[bool]], start: float, seconds: float
+        self, rows: list[Running], drawn: tuple[list[work.Picture], list[bool]], start: float, seconds: float
     ) -> None:
         for running, picture, is_sound in zip(rows, *drawn, strict=True):
             running.spent("decode", seconds)
             if self._is_here(running):
                 self._send_picture(running, picture, is_sound)
 
-    def _send_picture(self, running: Running, picture: Picture, is_sound: bool) -> None:
+    def _send_picture(self, running: Running, picture: work.Picture, is_sound: bool) -> None:
         job = running.job
         if not is_sound:
             self._fail(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture")

@@ -1,0 +1,44 @@
+"""What a call does on the device, for all its rows together: prompts to conditioning, a step, latents to pictures."""
+
+import torch
+from torch import Tensor
+
+from app.engine.calls import Running
+from app.engine.jobs import Job
+from models.pipeline import Conditioning, Pipeline, UNetFunction
+from models.schedule import Schedule
+
+Picture = tuple[bytes, bool]  # height x width x 3 bytes, or a JPEG file and True
+
+
+def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
+    """Each row's prompt."""
+    return pipeline.encode([row.job.prompt for row in rows])
+
+
+def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:
+    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first."""
+    for row in rows:
+        if row.latents is None and row.conditioning is not None:
+            row.conditioning = pipeline.project(unet, row.conditioning)
+    latents = [
+        pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule) if row.latents is None else row.latents
+        for row in rows
+    ]
+    step = pipeline.to_device(torch.tensor([row.step for row in rows]))
+    conditioning = [row.conditioning for row in rows if row.conditioning is not None]
+    stepped = pipeline.denoise(unet, schedule, torch.stack(latents), step, conditioning)
+    pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
+    return stepped
+
+
+def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[Picture], list[bool]]:
+    """Each row's picture, and whether it is sound."""
+    pixels, sound = pipeline.decode_there([row.latents for row in rows if row.latents is not None])
+    return [_to_bytes(pipeline, row.job, each) for row, each in zip(rows, pixels, strict=True)], sound.tolist()
+
+
+def _to_bytes(pipeline: Pipeline, job: Job, pixels: Tensor) -> Picture:
+    if job.jpeg and pipeline.jpeg is not None:
+        return pipeline.to_jpeg(pixels, job.jpeg), True
+    return pipeline.to_host(pixels).numpy().tobytes(), False
