@@ -102,9 +102,11 @@ def _milliseconds(backend: SDPBackend, heads: int, tokens: int, dtype: torch.dty
         attend(3)
         with torch.cuda.graph(graph):
             attend(10)
-    graph.replay()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    graph.replay()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start) / 10
+    times = []
+    for _ in range(5):  # the first ones may find the GPU's clocks low
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start) / 10)
+    return min(times)

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,8 @@ log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8)  # rows
 FULL = 0.75  # above this share a bucket is padded; else the rows are split: 7 run as 8, but 6 as 4 + 2 and 3 as 2 + 1
 GRAPHS_KEPT = 16  # of one function: four sizes of pictures. The least recently used goes.
-COMPILE_MODE = "max-autotune-no-cudagraphs"  # the graphs are ours
-# A mode of our own, minutes faster: it tunes matrix products alone. A mode of torch's overrides torch._inductor.config.
-QUICK = "quick"
+COMPILE_MODE = "quick"  # of our own, minutes faster than torch's max-autotune: it tunes matrix products alone
 TRIALS = 4  # of its ways to compute a convolution that cuDNN times, the most promising first; 10 by default
-WARM_UPS = 2  # calls before a recording, in which libraries choose their algorithms and torch.compile compiles
 
 Rows = tuple[Tensor, ...]  # tensors (B, ...) of one B
 Key = tuple[int, tuple[torch.Size, ...]]  # bucket, and the shape of a row in each input
@@ -149,12 +147,13 @@ def on_gpu(priority: int) -> Recorder:
             torch.cuda.synchronize()  # the inputs were made on another stream
         torch.backends.cudnn.benchmark = True  # only here: elsewhere each new shape would wait for it
         torch.backends.cudnn.benchmark_limit = TRIALS
-        before = torch.cuda.current_stream()
+        torch._C._cudnn_set_conv_benchmark_empty_cache(False)  # else the memory's cache is given back for each new one
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
+            # In two calls libraries choose their algorithms, and torch.compile compiles: that not at our priority.
+            for each in (torch.cuda.Stream(), stream):
+                with torch.cuda.stream(each):
                     call()
-            stream.synchronize()
+                each.synchronize()
             graph = torch.cuda.CUDAGraph()
             # "thread_local": other threads load weights and decode meanwhile, with allocations that a capture forbids.
             with _one_capture, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -164,11 +163,15 @@ def on_gpu(priority: int) -> Recorder:
                 pool = torch.cuda.graph_pool_handle()  # that of pinned memory still takes the old one for busy
             raise
         finally:
-            torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind where a capture fails
             torch.backends.cudnn.benchmark = False
         return graph.replay, outputs
 
-    return record
+    def in_a_fresh_thread(call: Callable[[], Rows]) -> tuple[Callable[[], object], Rows]:
+        # cuDNN remembers by thread how it computed a convolution; what it did untuned it does not tune any more.
+        with ThreadPoolExecutor(1, "record") as thread:
+            return thread.submit(torch.inference_mode()(record), call).result()
+
+    return in_a_fresh_thread
 
 
 def _was_abandoned(pool: tuple[int, int]) -> bool:
@@ -192,15 +195,13 @@ def release_cached_memory() -> None:
 
 def compiled(function: Callable[..., Any], mode: str = COMPILE_MODE) -> Callable[..., Any]:
     """The function through torch.compile, which works at the first call of each shape: minutes, or seconds where
-    TORCHINDUCTOR_CACHE_DIR has the result."""
-    if mode == QUICK:
-        return torch.compile(
-            function,
-            fullgraph=True,
-            dynamic=False,
-            options={"max_autotune_gemm": True, "coordinate_descent_tuning": False},
-        )
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    TORCHINDUCTOR_CACHE_DIR has the result. mode: ours, or one of torch's; the graphs are ours in any."""
+    from torch._inductor import list_mode_options  # a second of imports
+
+    options: dict[str, Any] = {"max_autotune_gemm": True} if mode == COMPILE_MODE else list_mode_options(mode)
+    # Convolutions stay cuDNN's, which a search among 17 of Triton's for each shape would hardly ever leave.
+    options |= {"max_autotune_conv_backends": "ATEN", "triton.cudagraphs": False}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def _several(out: Any) -> Rows:

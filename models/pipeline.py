@@ -264,14 +264,13 @@ class Pipeline:
 
 def fill(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     """Load a state dict into a module, every tensor by name and shape. Raises weights.BadWeights where they differ."""
-    check_fit(module, state, name)
+    check_fit(module.state_dict(), state, name)
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def check_fit(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Raises weights.BadWeights, naming `name`, unless `state` has the tensors of `module` by name and shape."""
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    if expected != found:
-        wrong = sorted(set(expected.items()) ^ set(found.items()))[:3]
+def check_fit(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> None:
+    """Raises weights.BadWeights, naming `name`, unless `state` has the expected tensors by name and shape."""
+    wanted, found = ({key: tuple(value.shape) for key, value in each.items()} for each in (expected, state))
+    if wanted != found:
+        wrong = sorted(set(wanted.items()) ^ set(found.items()))[:3]
         raise weights.BadWeights(f"{name}: its tensors do not fit this model, first {wrong}")

@@ -84,6 +84,7 @@ class Registry:
             name: make_schedule(variant, scheduler).to(device) for name, variant in store.family.variants.items()
         }
         self.unet = UNet(self.config)
+        self._expected = self.unet.unet.state_dict()  # on the meta device; in fp8 the module will have others
         self.static = device != "cpu"  # CUDA graphs need the addresses to stay
         self.active: str | None = None
         self.switches = 0
@@ -229,7 +230,7 @@ class Registry:
 
     def bytes_of_a_set(self) -> int:
         """What one weight set takes in memory: 5.1 GB for SDXL in float16."""
-        return sum(tensor.numel() for tensor in self.unet.unet.state_dict().values()) * self.dtype.itemsize
+        return sum(tensor.numel() for tensor in self._expected.values()) * self.dtype.itemsize
 
     def _read(self, variant: Variant) -> WeightSet:
         # Straight to where it will be held, if it fits there: fused and laid out on the GPU, which is faster.
@@ -240,7 +241,7 @@ class Registry:
             with torch.device("meta"):  # of this thread alone; accelerate's way would be of all threads
                 unet = UNet2DConditionModel.from_config(self.config)
             base = weights.read(self.store.component_file("unet"), device)
-            check_fit(unet, base, "unet")
+            check_fit(self._expected, base, "unet")
             # The published base is float16: fused in that, the sum is rounded once, as it would be on its way from
             # float32 (and the LoRA's product once more, by 1/2048 of itself), at half of the 10 GB.
             exact = torch.float16 if self.dtype is torch.float16 else torch.float32
@@ -248,7 +249,7 @@ class Registry:
             _fuse_lora(unet, state, variant)
             state = unet.state_dict()
         else:
-            check_fit(self.unet.unet, state, variant.file)
+            check_fit(self._expected, state, variant.file)
         laid_out = {
             key: tensor.to(self.dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
             for key, tensor in state.items()

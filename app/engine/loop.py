@@ -5,7 +5,6 @@ tell it what to do. The board is changed under one lock; tensors are worked on w
 """
 
 import gc
-import math
 import os
 import threading
 import time
@@ -42,7 +41,8 @@ from models.registry import Registry
 
 CHUNKS_BEHIND = 2  # a GPU's steps wait where more finished rows than so many decodes take wait for the decoder
 STUCK_S = 10.0  # a call that takes longer is not one: pings go unanswered, and the other process ends this one
-BETWEEN_CHANGES_S = 2.0  # of service, where somebody waits: each change takes a second or more on a GPU
+CHANGE_S = 300.0  # the same of a change: a recording on a GPU may take many seconds
+PAUSE_S, IDLE_S = 2.0, 0.5  # before each change: of service where somebody waits, of quiet where nobody does
 MANY = 1 << 30
 
 
@@ -65,7 +65,7 @@ class Loop:
         self._flying: list[Call] = []
         self._retries: list[Call] = []
         self._when_idle: deque[Call] = deque()
-        self._changed = -math.inf  # when the last change was made
+        self._changed = time.monotonic()  # when the last change was made
         self._lock = threading.Condition()
         self._caps = {"denoise": MANY, "decode": MANY}  # rows of a call that fit into memory, as learned
         self._threads = torch.get_num_threads()  # of a lane; torch counts them per thread
@@ -93,7 +93,8 @@ class Loop:
                 while True:
                     call = self._next_call()
                     if call is None:
-                        self._lock.wait(0.1 if self.board else None)  # the deadlines of what cannot start yet
+                        # For the deadlines of what cannot start yet, and for a change whose turn comes.
+                        self._lock.wait(0.1 if self.board or self._when_idle else None)
                         continue
                     if self._inbox or any(not row.busy for row in self.board.values()):
                         self._lock.notify()  # there may be something for another lane, too
@@ -138,7 +139,8 @@ class Loop:
                 for id in ids:
                     self.board.pop(id, None)
             case Ping():
-                if all(time.monotonic() - call.start < STUCK_S for call in self._flying):
+                now = time.monotonic()
+                if all(now - call.start < (STUCK_S if call.rows else CHANGE_S) for call in self._flying):
                     self.send(self.report())
             case _:
                 message()
@@ -175,9 +177,8 @@ class Loop:
         return None
 
     def _may_change(self, now: float) -> bool:
-        """Whether it is a change's turn: where nobody waits, or where all have been served for a while since the last.
-        Not before a retry, whose weights it may change."""
-        turn = not self.board or now - self._changed > BETWEEN_CHANGES_S
+        """Whether it is a change's turn. Not before a retry, whose weights it may change."""
+        turn = now - self._changed > (PAUSE_S if self.board else IDLE_S)
         return bool(self._when_idle) and not self._retries and turn
 
     def _room(self, stage: str) -> int:

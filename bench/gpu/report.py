@@ -13,6 +13,7 @@ HEADLINE = (  # key, part
     ("psnr_db_vs_diffusers", "check"),
     ("share_of_matmul_rate", "stages"),
 )
+COMPILED = ("decode_vectorised_and_folded_compiled_ms", "diffusers_compiled")
 ABOUT = ("weights", "gpu", "cuda", "torch", "diffusers", "transformers", "python", "date")
 
 
@@ -29,15 +30,18 @@ def show(results: dict[str, Any], path: Path) -> None:
     for title in ("ours", "ours_compiled", "diffusers"):
         for pixels, table in stages.get(title, {}).items():
             if isinstance(table, dict) and table:
-                lines += ["", f"## {title.replace('_', ', ')}, {pixels} px", "", *_by_stage(table)]
-    for name in ("decode_folded_ms", "decode_vectorised_and_folded_compiled_ms", "diffusers_compiled", "skipped"):
+                pieces = f" ({', '.join(stages[title]['pieces'])})" if title == "ours_compiled" else ""
+                lines += ["", f"## {title.replace('_', ', ')}{pieces}, {pixels} px", "", *_by_stage(table)]
+    for name in ("decode_folded_ms", "decode_plain_attention_ms", *COMPILED, "skipped"):
         if stages.get(name):
             lines += ["", f"{name.replace('_', ' ')}: {stages[name]}"]
-    server = {key: row for key, row in results.get("server", {}).items() if isinstance(row, dict) and "p50_ms" in row}
-    if server:
-        columns = list(next(iter(server.values())))
-        lines += ["", "## Over HTTP, with PNG where nothing else is said", ""]
-        lines += _table(["load", *columns], [[key, *(row.get(c) for c in columns)] for key, row in server.items()])
+    served = results.get("server", {})
+    for title, found in (("Over HTTP", served), ("Over HTTP, compiled", served.get("compiled", {}))):
+        loads = {key: row for key, row in found.items() if isinstance(row, dict) and "p50_ms" in row}
+        if loads:
+            columns = list(next(iter(loads.values())))
+            lines += ["", f"## {title}, with PNG where nothing else is said", ""]
+            lines += _table(["load", *columns], [[key, *(row.get(c) for c in columns)] for key, row in loads.items()])
     text = "\n".join(lines) + "\n"
     path.write_text(text)
     print("\n" + text)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.attention import without_masks
 from models.catalog import CATALOG
-from models.graphs import BUCKETS, Graphed, by_calling, on_gpu, split
+from models.graphs import BUCKETS, COMPILE_MODE, Graphed, by_calling, compiled, on_gpu, split
 from models.pipeline import Pipeline, advance
 from models.registry import Registry, Tier
 from models.weights import WeightStore
@@ -158,6 +158,12 @@ def test_a_step_and_a_decode_compile_without_a_break(pipeline, static):
     pipeline.decode(list(theirs))
     pipeline.decoder.improve(whole(pipeline.vae))
     assert (pipeline.decode(list(theirs))[0].int() - plain.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", [COMPILE_MODE, "max-autotune-no-cudagraphs", "default"])
+def test_the_compiler_knows_the_options_it_is_given(mode):
+    """torch checks them here; the code would be compiled at the first call."""
+    assert callable(compiled(lambda x: x + 1, mode))
 
 
 def test_a_picture_that_float16_cannot_hold_is_decoded_in_float32():

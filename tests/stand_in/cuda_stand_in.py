@@ -127,6 +127,7 @@ def install() -> None:
     torch.Generator = Generator  # type: ignore[misc]
     cuda.Stream, cuda.CUDAGraph, cuda.graph, cuda.stream = Stream, Graph, _record, _stream
     cuda.current_stream = cuda.default_stream = lambda *device: default
+    torch._C._cudnn_set_conv_benchmark_empty_cache = lambda value: None  # type: ignore[attr-defined]
     cuda.get_rng_state = lambda *device: None
     cuda.set_rng_state = lambda *state: None
     cuda.set_stream = cuda.set_sync_debug_mode = lambda value: None

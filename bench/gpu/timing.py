@@ -1,0 +1,23 @@
+"""How calls are timed, and which variant draws."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+VARIANT = "4step-unet"
+REPEATS = 5
+
+
+def milliseconds(call: Callable[[], object], wait: Callable[[], object], repeats: int = REPEATS) -> float:
+    """The median of some calls, each waited for, after one that does not count; on a CPU, of one."""
+    call()
+    wait()
+    times = []
+    for _ in range(repeats if torch.cuda.is_available() else 1):
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(statistics.median(times), 3)
