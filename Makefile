@@ -32,6 +32,7 @@ GPU_WHEELS := annotated.types|diffusers|fastapi|fastapi.offline|fpng|httptools|l
 pydantic|pydantic.core|pydantic.settings|python.dotenv|starlette|typing.extensions|typing.inspection|uvicorn
 GPU_PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1
 bench-gpu-wheels:
+	@rm -f .whl/*.whl
 	@grep -E '^($(subst $() ,,$(GPU_WHEELS)))==' requirements.lock | xargs $(PYTHON) -m pip download --quiet --no-deps \
 	  --only-binary=:all: --python-version 3.12 --implementation cp $(GPU_PLATFORMS:%=--platform %_x86_64) --dest .whl
 

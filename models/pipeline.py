@@ -67,11 +67,12 @@ class Decoder(nn.Module):
         self.vae, self.scaling_factor, self.dtype = vae, scaling_factor, dtype
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """latents: (B, 4, h, w) float32. Returns pictures (B, 8h, 8w, 3) uint8, and (B,) bool: is it sound?"""
+        """latents: (B, 4, h, w) float32. Returns pictures (B, 8h, 8w, 3) uint8, and (B,) bool: is it
+        sound, that is neither flat nor anywhere NaN or Inf?"""
         latents = latents / self.scaling_factor  # 0.13025 for SDXL, from vae/config.json
-        pixels = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
-        pixels = (pixels / 2 + 0.5).clamp(0, 1)  # clamp keeps NaN
-        sound = pixels.flatten(1).std(dim=1) >= FLAT  # False for NaN too
+        raw = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+        pixels = (raw / 2 + 0.5).clamp(0, 1)
+        sound = (pixels.flatten(1).std(dim=1) >= FLAT) & raw.isfinite().flatten(1).all(dim=1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sound
 
 

@@ -73,7 +73,7 @@ def record_later(loop: Loop, measure: Callable[[Sequence[int]], Costs], batches:
 def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
     """Compile beside the service, the decoder first: it has most to gain. Each graph is replaced as soon as its better
     one is recorded; at the end the costs are measured anew, between two calls."""
-    functions = [loop.pipeline.decoder, *loop.pipeline.steps.values()]
+    functions: list[Callable[..., object]] = [loop.pipeline.decoder, *loop.pipeline.steps.values()]
     record_from(loop.pipeline, NEVER)  # a recording forbids the waits of the compiler's measurements
 
     def settle() -> None:
@@ -86,16 +86,20 @@ def compile_later(loop: Loop, measured: Callable[[], Costs]) -> None:
         # Each call of torch lets go of the interpreter's lock, and would wait so long to have it back from a compiler
         # in Python: 5 ms, some 20 times a step.
         sys.setswitchinterval(SWITCH_S)
-        try:
-            for graphed in functions:
-                assert isinstance(graphed, Graphed)
-                graphed.improve(compiled(graphed.function))
-        except Exception as error:  # of a compiler: anything
-            say("compilation failed; serving without what is missing", reason=str(error)[:500])
-        else:
-            loop.post(lambda: loop.when_idle(settle))
-        finally:
-            sys.setswitchinterval(usual)
+        done = [_is_improved(graphed) for graphed in functions]
+        sys.setswitchinterval(usual)
         record_from(loop.pipeline, SEEN_OFTEN)
+        if all(done):
+            loop.post(lambda: loop.when_idle(settle))
 
     threading.Thread(target=work, daemon=True, name="compile").start()
+
+
+def _is_improved(graphed: Callable[..., object]) -> bool:
+    assert isinstance(graphed, Graphed)
+    try:
+        graphed.improve(compiled(graphed.function))
+    except Exception as error:  # of a compiler: anything
+        say("compilation failed; serving without it", level="warning", reason=str(error)[:500])
+        return False
+    return True

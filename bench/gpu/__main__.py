@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from bench.gpu.report import headline, show
@@ -71,6 +73,9 @@ def main() -> None:
     print(f"the rig, of RANDOM weights, is in {rig.directory} after {time.monotonic() - began:.0f} s", flush=True)
     about = _about(options.tiny)
     results = {**_earlier(out, about, options.tiny), **about}
+    command = shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]) + "".join(
+        f" {name}={os.environ[name]}" for name in ("PART", "TINY") if os.environ.get(name)
+    )
     for part in options.part:
         start = began if part == options.part[0] else time.monotonic()
         end = start + 60 * options.minutes
@@ -78,26 +83,36 @@ def main() -> None:
         def keep(found: dict[str, Any]) -> None:
             """Write what there is, in case the time ends."""
             took = round(time.monotonic() - start, 1)  # noqa: B023
-            results[part] = {**found, "took_s": took, "command": f"python -m bench.gpu --part {part}"}  # noqa: B023
+            results[part] = {**found, "took_s": took, "command": command}  # noqa: B023
             results.update(headline(results))
             out.write_text(json.dumps(results, indent=1) + "\n")
 
         def give_up() -> None:
             """What is kept is kept; a compiler or a capture cannot be asked to stop."""
-            show(results, out.with_suffix(".md"))
-            print(f"{part} ran out of time; what it had measured is in {out}", flush=True)  # noqa: B023
-            os._exit(0)
+            try:
+                show(results, out.with_suffix(".md"))
+                not_run = options.part[options.part.index(part) + 1 :]  # noqa: B023
+                print(f"{part} ran out of time; what it had measured is in {out}; not run: {not_run}", flush=True)  # noqa: B023
+            finally:
+                for child in psutil.Process().children(recursive=True):
+                    child.kill()  # a server, compilers
+                os._exit(_has_failed(options, results))
 
         watch = threading.Timer(end + LATE_S - time.monotonic(), give_up)
         watch.daemon = True
         watch.start()
         _release()
-        keep(run(part, rig, options, scratch, lambda: end - time.monotonic(), keep))  # noqa: B023
+        earlier = results.get(part, {})
+        keep(run(part, rig, options, scratch, lambda: end - time.monotonic(), keep, earlier))  # noqa: B023
         watch.cancel()
     show(results, out.with_suffix(".md"))
     print(f"written to {out} and {out.with_suffix('.md')}")
-    if "check" in options.part and not results["check"]["passed"]:
+    if _has_failed(options, results):
         sys.exit("check FAILED: the pictures are not right, so the figures are worth nothing")
+
+
+def _has_failed(options: argparse.Namespace, results: dict[str, Any]) -> bool:
+    return "check" in options.part and not results.get("check", {}).get("passed")
 
 
 def run(
@@ -107,14 +122,15 @@ def run(
     scratch: Path,
     left: Callable[[], float],
     keep: Callable[[dict[str, Any]], None],
+    earlier: dict[str, Any],
 ) -> dict[str, Any]:
-    """One part's figures. left: seconds. keep: takes what there is so far."""
+    """One part's figures. left: seconds. keep: takes what there is so far. earlier: what it found in an earlier run."""
     cache = options.cache or rig.directory / "cache"
     sizes = (128,) if options.tiny else tuple(options.sizes)
     if part == "server":
         from bench.gpu.served import served
 
-        return served(rig, scratch, cache, options.cache is not None, options.seconds, left, keep)
+        return served(rig, scratch, cache, options.cache is not None, options.seconds, left, keep, earlier)
     from bench.gpu.ours import Ours
     from bench.gpu.peer import Peer
 
@@ -146,8 +162,9 @@ def _earlier(out: Path, about: dict[str, Any], tiny: bool) -> dict[str, Any]:
     for path in (out,) if tiny else (out, RESULTS):
         if path.exists():
             found = json.loads(path.read_text())
-            same = all(found.get(key) == about[key] for key in ("gpu", "torch", "diffusers", "weights"))
-            return found if same else {}
+            if all(found.get(key) == about[key] for key in ("gpu", "torch", "diffusers", "weights")):
+                return found
+            print(f"{path} is of {found.get('gpu')} with torch {found.get('torch')}: not merged with", flush=True)
     return {}
 
 

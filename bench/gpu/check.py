@@ -12,6 +12,7 @@ import torch
 from bench.fidelity import psnr
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
+from bench.gpu.timing import milliseconds
 from bench.work import prompts
 from models.graphs import Graphed
 
@@ -105,10 +106,17 @@ def _fp8(ours: Ours, asked: list[str], seeds: list[int], pixels: int) -> dict[st
     try:
         other = Ours(ours.rig, Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")), in_fp8=True)
         pairs = [(each.draw(VARIANTS[0], asked, seeds, pixels)) for each in (ours, other)]
+        took = {title: _step_ms(each, asked, seeds, pixels) for title, each in (("fp16", ours), ("fp8", other))}
     except Exception as error:
         return {"fp8": str(error)[:300]}
     worst = min(_psnr(one, two) for one, two in zip(*pairs, strict=True))
-    return {"psnr_db_fp8_vs_fp16": round(worst, 2), "fp8": "passes" if worst >= FP8_GATE else "is not good enough"}
+    verdict = "passes" if worst >= FP8_GATE else "is not good enough"
+    return {"psnr_db_fp8_vs_fp16": round(worst, 2), "fp8": verdict, f"step_ms_of_{len(asked)}": took}
+
+
+def _step_ms(ours: Ours, asked: list[str], seeds: list[int], pixels: int) -> float:
+    rows = ours.start(VARIANTS[0], asked, seeds, pixels)
+    return milliseconds(lambda: ours.step(VARIANTS[0], rows, [0] * len(rows)), ours.synchronize)
 
 
 def _waits_for_nothing(ours: Ours, asked: list[str], seeds: list[int], pixels: int) -> bool:

@@ -32,17 +32,17 @@ def compile_all(
     attempt: Callable[..., None],
     again: Callable[..., None],
 ) -> None:
-    """Ours piece by piece, what the headline needs first; then diffusers; then an experiment. What is in place of ours
-    is in found["ours_compiled"]["pieces"]. attempt: calls a function, and keeps what there is if it fails. again:
-    measures whole pictures of these batches."""
+    """Ours piece by piece, what the headline needs first; behind that diffusers; at the end an experiment. What of ours
+    is in place is in found["ours_compiled"]["pieces"]. attempt: calls a function, and keeps what there is if it fails.
+    again: measures whole pictures of these batches."""
     plain = ours.draw(VARIANT, prompts()[:1], [0], pixels)[0]
     for name, bucket in ORDER:
         attempt(f"compiling {name} {bucket}", _piece, ours, pixels, name, bucket, plain, left, found["ours_compiled"])
         if (name, bucket) == HEADLINE and found["ours_compiled"]["pieces"]:
             again(1)
+            attempt("compiling diffusers", _peer, peer, pixels, left, found)
     if len(found["ours_compiled"]["pieces"]) > 2 and left() > LEAST_S:
         again(*BUCKETS[:2] if ours.rig.is_toy else BUCKETS)
-    attempt("compiling diffusers", _peer, peer, pixels, left, found)
     attempt("compiling a vectorised decoder", _vectorised, ours, pixels, left, found)
 
 

@@ -13,6 +13,10 @@ HEADLINE = (  # key, part
     ("psnr_db_vs_diffusers", "check"),
     ("share_of_matmul_rate", "stages"),
 )
+OTHERS = (
+    *("import_s", "load_s", "ready_s", "first_image_s", "all_graphs_ready_s", "compiled_s", "matmul_tflops"),
+    *("png_ms_photo_like_1024", "jpeg_ms_photo_like_1024", "psnr_db_fp8_vs_fp16", "step_ms_of_4"),
+)
 COMPILED = ("decode_vectorised_and_folded_compiled_ms", "diffusers_compiled")
 ABOUT = ("weights", "gpu", "cuda", "torch", "diffusers", "transformers", "python", "date")
 
@@ -26,7 +30,12 @@ def show(results: dict[str, Any], path: Path) -> None:
     """Write all of it as Markdown, and print it."""
     lines = ["# GPU benchmark", "", *(f"- {name}: {results[name]}" for name in ABOUT if name in results), ""]
     lines += _table(["figure", "value"], [[key, results.get(key)] for key, _ in HEADLINE])
-    stages = results.get("stages", {})
+    stages, served = results.get("stages", {}), results.get("server", {})
+    found = {**results.get("check", {}), **stages, **served}
+    rows = [[key, found[key]] for key in OTHERS if found.get(key) is not None]
+    lines += ["", "## Start-up, files, single techniques", "", *_table(["figure", "value"], rows)]
+    for title, table in stages.get("without_ms", {}).items():
+        lines += ["", f"without: {title}, ms by batch: {table}"]
     for title in ("ours", "ours_compiled", "diffusers"):
         for pixels, table in stages.get(title, {}).items():
             if isinstance(table, dict) and table:
@@ -35,7 +44,6 @@ def show(results: dict[str, Any], path: Path) -> None:
     for name in ("decode_folded_ms", "decode_plain_attention_ms", *COMPILED, "skipped"):
         if stages.get(name):
             lines += ["", f"{name.replace('_', ' ')}: {stages[name]}"]
-    served = results.get("server", {})
     for title, found in (("Over HTTP", served), ("Over HTTP, compiled", served.get("compiled", {}))):
         loads = {key: row for key, row in found.items() if isinstance(row, dict) and "p50_ms" in row}
         if loads:
@@ -59,7 +67,8 @@ def _by_stage(table: dict[str, Any]) -> list[str]:
         lines += [*_table(["stage", *(f"batch {batch}" for batch in batches)], rows), ""]
     elif "images_per_s" in table:
         lines += [*_table(["batch", "images/s"], list(map(list, table["images_per_s"].items()))), ""]
-    return [*lines, *_table(["whole pictures", "ms"], list(map(list, table["ms"].items())))]
+    alone = [[f"{name}, one picture", table[name]] for name in ("copy", "png") if table.get(name) is not None]
+    return [*lines, *_table(["whole pictures", "ms"], [*map(list, table["ms"].items()), *alone])]
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

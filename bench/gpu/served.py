@@ -29,25 +29,36 @@ READY_S = 240.0  # a load, three recordings, and cuDNN's choice for each new con
 
 
 def served(
-    rig: Rig, folder: Path, cache: Path, compiles: bool, seconds: float, left: Callable[[], float], keep: Keep
+    rig: Rig,
+    folder: Path,
+    cache: Path,
+    compiles: bool,
+    seconds: float,
+    left: Callable[[], float],
+    keep: Keep,
+    earlier: dict[str, Any],
 ) -> dict[str, Any]:
-    """Start it and load it; then, where it compiles and time is left, a second one once its compiled code is in place.
-    left: seconds. keep: takes what there is so far."""
-    found: dict[str, Any] = {"compiled": {}}
+    """Start it and load it, unless `earlier` has that and it compiles; then, where it compiles and time is left, load a
+    second one once its compiled code is in place. left: seconds. keep: takes what there is so far."""
+    found: dict[str, Any] = {**(earlier if compiles and HEADLINE in earlier else {}), "compiled": {}}
 
     def kept() -> None:
         rates = [loads[HEADLINE]["images_per_s"] for loads in (found, found["compiled"]) if HEADLINE in loads]
-        found["images_per_s_4step_http_1024"] = max(rates)
+        found["images_per_s_4step_http_1024"] = max(rates, default=None)
         keep(found)
 
-    with _running(_server(rig, folder, cache, False), folder) as (server, start):
-        found["ready_s"] = round(time.time() - start, 2)
-        asyncio.run(_one(server))
-        found["first_image_s"] = round(time.time() - start, 2)
-        if rig.device == "cuda":
-            found["all_graphs_ready_s"] = _when_said("graphs recorded", folder, start, READY_S)
-        asyncio.run(_load(server, seconds, found, kept))
-        found["events"] = [{**event, "at_s": at} for at, event in _said(folder, start) if event["event"] != "request"]
+    if HEADLINE not in found:
+        with _running(_server(rig, folder, cache, False), folder) as (server, start):
+            found["ready_s"] = round(time.time() - start, 2)
+            asyncio.run(_one(server))
+            found["first_image_s"] = round(time.time() - start, 2)
+            if rig.device == "cuda":
+                found["all_graphs_ready_s"] = _when_said("graphs recorded", folder, start, READY_S)
+            found["events"] = [
+                {**event, "at_s": at} for at, event in _said(folder, start) if event["event"] != "request"
+            ]
+            keep(found)
+            asyncio.run(_load(server, seconds, found, kept))
     if compiles and left() > LEAST_S:
         with _running(_server(rig, folder, cache, True), folder) as (server, start):
             if server.wait_ready(lambda body: body["compiled"] is True, limit=left() - LOADS * (seconds + 5)):

@@ -16,6 +16,7 @@ from bench.gpu.decoders import folded_ms, plain_attention_ms
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
 from bench.gpu.timing import REPEATS, VARIANT, milliseconds
+from bench.gpu.without import without
 from bench.images import SIDE, picture
 from bench.work import prompts
 from models.graphs import BUCKETS
@@ -49,11 +50,12 @@ def stages(
         except Exception as error:
             found["skipped"].append(f"{title}: {type(error).__name__}: {str(error)[:300]}")
             print(f"FAILED: {found['skipped'][-1]}", flush=True)
-        _summarise(found, sizes[0])
+        _summarise(found, sizes[0] if ours.rig.is_toy else 1024)
         keep(found)
 
     for pixels in sizes:
         attempt(f"ours, {pixels} px", _ours, ours, pixels, batches, found["ours"].setdefault(str(pixels), {}))
+    attempt("without", without, ours, sizes[0], (1, batches[-1]), found.setdefault("without_ms", {}))
     attempt("switch", lambda: found.update(variant_switch_ms=_switch(ours)))
     attempt("folded", lambda: found.update(decode_folded_ms=folded_ms(ours, sizes[0], batches)))
     attempt("attention", lambda: found.update(decode_plain_attention_ms=plain_attention_ms(ours, sizes[0])))
@@ -77,10 +79,12 @@ def stages(
 
 def _ours(ours: Ours, pixels: int, batches: tuple[int, ...], table: dict[str, Any]) -> None:
     """Milliseconds by stage and batch, and of whole pictures by step count, into a table."""
-    table |= {"text": {}, "step": {}, "decode": {}, "ms": {}, "images_per_s": {}}
+    for stage in ("text", "step", "decode", "ms", "images_per_s"):
+        table.setdefault(stage, {})  # what an earlier call found stands, where this one fails
     for batch in reversed(batches):
         asked, seeds = list(prompts()[:batch]), list(range(batch))
         rows = ours.start(VARIANT, asked, seeds, pixels)
+        table["png"] = _png_ms(ours, rows, pixels)
 
         def text(asked: list[str] = asked) -> None:
             ours.forget_prompts()
@@ -96,7 +100,7 @@ def _ours(ours: Ours, pixels: int, batches: tuple[int, ...], table: dict[str, An
             took = milliseconds(lambda: _whole(ours, variant, asked, seeds, pixels), ours.synchronize)  # noqa: B023
             table["ms"][f"{steps} steps, batch {batch}"] = took
             if steps == 4:
-                table["images_per_s"][batch] = round(1e3 * batch / (took + batch * _png_ms(ours, rows, pixels)), 2)
+                table["images_per_s"][batch] = round(1e3 * batch / (took + batch * table["png"]), 2)
     table["copy"] = _copy_ms(ours, pixels)
 
 
@@ -148,9 +152,8 @@ def _peer(
         try:
             took = milliseconds(lambda: peer.draw_files(VARIANT, batch, pixels), lambda: None, repeats=3)  # noqa: B023
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped.append(f"diffusers, {pixels} px, batch {batch}: out of memory beside ours")
+            why = "out of memory beside ours" if is_out_of_memory(error) else str(error)[:300]
+            skipped.append(f"diffusers, {pixels} px, batch {batch}: {why}")
             continue
         table["ms"][f"4 steps, batch {batch}"] = took
         table["images_per_s"][batch] = round(1e3 * batch / took, 2)

@@ -1,14 +1,18 @@
 """What a GPU is given beside the service, given to a CPU: code that takes the place of recorded code, one by one."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 
 from app.engine import cuda
+from app.engine.calls import Call, make
 from app.engine.costs import Costs
 from app.engine.jobs import Job
 from app.engine.loop import Loop
@@ -19,7 +23,7 @@ from models.graphs import Graphed, by_calling
 from models.pipeline import Pipeline, advance
 from models.registry import Registry, Tier
 from models.weights import WeightStore
-from tests.conftest import eventually
+from tests.conftest import ROOT, eventually
 
 STORE = WeightStore(CATALOG["embedded"])
 
@@ -96,6 +100,54 @@ def test_pings_are_answered_while_a_change_is_made_and_calls_wait_for_its_end():
     assert engine.done() == {}
     leave.set()
     assert eventually(lambda: 0 in engine.done(), 30)
+
+
+def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without(monkeypatch, capfd):
+    engine, tried = Engine(), []
+
+    def compiler(function):
+        tried.append(function)
+        if function is engine.pipeline.vae:
+            raise RuntimeError("no such kernel")
+        return function
+
+    monkeypatch.setattr(cuda, "compiled", compiler)
+    engine.run()
+    before = engine.draw(0)
+    cuda.compile_later(engine.loop, lambda: engine.measure([1]))
+    assert eventually(lambda: len(tried) == 2 and engine.steps.often == cuda.SEEN_OFTEN, 30)
+    assert "no such kernel" in capfd.readouterr().err
+    assert engine.draw(10) == before
+    assert not engine.loop.compiled
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.AcceleratorError('CUDA error: an illegal memory access was encountered')",
+        "RuntimeError('CUDA error: device-side assert triggered')",
+    ],
+)
+def test_an_error_that_loses_the_device_ends_the_process(error):
+    lines = f"""
+import torch
+from app.engine.calls import Call, make
+def work(rows): raise {error}
+make(Call("denoise", [], work, print))
+"""
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 70
+    assert "the device is lost" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("CUDA error: out of memory"), ValueError("a row")]
+)
+def test_no_other_error_does(error):
+    def work(rows: list) -> None:
+        raise error
+
+    assert make(Call("denoise", [], work, print))[0] is error
 
 
 def test_compiled_code_comes_in_beside_the_service_and_pictures_stay_the_same(monkeypatch):
