@@ -84,13 +84,19 @@ class ServerProcess:
 
     def engine(self) -> psutil.Process:
         """The engine process."""
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "app.engine.worker" in child.cmdline())
+        return self._engines()[0]
 
     def has_engine(self) -> bool:
         """Whether there is one, at whatever stage."""
-        children = psutil.Process(self.process.pid).children()
-        return any("app.engine.worker" in child.cmdline() for child in children)
+        return bool(self._engines())
+
+    def _engines(self) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.NoSuchProcess):  # it may end while we look
+                if "app.engine.worker" in child.cmdline():
+                    found.append(child)
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name and labels."""
