@@ -14,11 +14,6 @@ from models.registry import Registry
 REPEATS = 3  # after one call that is not counted; the fastest is kept, since a shared machine only ever adds time
 
 
-def sizes(max_batch: int) -> list[int]:
-    """The batch sizes that are measured: 1, 2, 4, ... max_batch."""
-    return [1 << power for power in range(max_batch.bit_length())]
-
-
 def measure(
     pipeline: Pipeline, registry: Registry, variant: str, pixels: int, batches: Sequence[int], lanes: int
 ) -> Costs:

@@ -21,7 +21,7 @@ from app.engine.config import EngineConfig
 from app.engine.costs import Costs
 from app.engine.loop import Loop
 from app.engine.messages import Fatal, FromEngine, Ready, frame, receive
-from app.engine.warmup import measure, sizes
+from app.engine.warmup import measure
 from app.logs import say
 from models import compiled, fp8
 from models.aoti import Broken
@@ -143,7 +143,8 @@ def _compiles(family: Family, device: str) -> bool:
 
 
 def _sizes(config: EngineConfig, device: str) -> list[int]:
-    return sizes(config.max_batch or MAX_BATCH[device])
+    """The batch sizes that are measured: 1, 2, 4, ... the largest."""
+    return [1 << power for power in range((config.max_batch or MAX_BATCH[device]).bit_length())]
 
 
 def _measured(pipeline: Pipeline, registry: Registry, lanes: int, batches: Sequence[int]) -> Costs:

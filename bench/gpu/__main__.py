@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import psutil
 import torch
 
 from bench.gpu.report import headline, show
+from bench.gpu.timing import Clock, Keep
 from models.graphs import COMPILE_MODE
 
 if TYPE_CHECKING:
@@ -73,9 +73,6 @@ def main() -> None:
     print(f"the rig, of RANDOM weights, is in {rig.directory} after {time.monotonic() - began:.0f} s", flush=True)
     about = _about(options.tiny)
     results = {**_earlier(out, about, options.tiny), **about}
-    command = shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]) + "".join(
-        f" {name}={os.environ[name]}" for name in ("PART", "TINY") if os.environ.get(name)
-    )
     for part in options.part:
         start = began if part == options.part[0] else time.monotonic()
         end = start + 60 * options.minutes
@@ -83,22 +80,11 @@ def main() -> None:
         def keep(found: dict[str, Any]) -> None:
             """Write what there is, in case the time ends."""
             took = round(time.monotonic() - start, 1)  # noqa: B023
-            results[part] = {**found, "took_s": took, "command": command}  # noqa: B023
+            results[part] = {**found, "took_s": took, "command": _command()}  # noqa: B023
             results.update(headline(results))
             out.write_text(json.dumps(results, indent=1) + "\n")
 
-        def give_up() -> None:
-            """What is kept is kept; a compiler or a capture cannot be asked to stop."""
-            try:
-                show(results, out.with_suffix(".md"))
-                not_run = options.part[options.part.index(part) + 1 :]  # noqa: B023
-                print(f"{part} ran out of time; what it had measured is in {out}; not run: {not_run}", flush=True)  # noqa: B023
-            finally:
-                for child in psutil.Process().children(recursive=True):
-                    child.kill()  # a server, compilers
-                os._exit(_has_failed(options, results))
-
-        watch = threading.Timer(end + LATE_S - time.monotonic(), give_up)
+        watch = threading.Timer(end + LATE_S - time.monotonic(), _give_up, (part, options, results, out))
         watch.daemon = True
         watch.start()
         _release()
@@ -111,6 +97,23 @@ def main() -> None:
         sys.exit("check FAILED: the pictures are not right, so the figures are worth nothing")
 
 
+def _give_up(part: str, options: argparse.Namespace, results: dict[str, Any], out: Path) -> None:
+    """End the process. What is kept is kept; a compiler or a capture cannot be asked to stop."""
+    try:
+        show(results, out.with_suffix(".md"))
+        not_run = options.part[options.part.index(part) + 1 :]
+        print(f"{part} ran out of time; what it had measured is in {out}; not run: {not_run}", flush=True)
+    finally:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()  # a server, compilers
+        os._exit(_has_failed(options, results))
+
+
+def _command() -> str:
+    variables = "".join(f" {name}={os.environ[name]}" for name in ("PART", "TINY") if os.environ.get(name))
+    return shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]) + variables
+
+
 def _has_failed(options: argparse.Namespace, results: dict[str, Any]) -> bool:
     return "check" in options.part and not results.get("check", {}).get("passed")
 
@@ -120,11 +123,11 @@ def run(
     rig: "Rig",
     options: argparse.Namespace,
     scratch: Path,
-    left: Callable[[], float],
-    keep: Callable[[dict[str, Any]], None],
+    left: Clock,
+    keep: Keep,
     earlier: dict[str, Any],
 ) -> dict[str, Any]:
-    """One part's figures. left: seconds. keep: takes what there is so far. earlier: what it found in an earlier run."""
+    """One part's figures. earlier: what it found in an earlier run."""
     cache = options.cache or rig.directory / "cache"
     sizes = (128,) if options.tiny else tuple(options.sizes)
     if part == "server":

@@ -2,7 +2,6 @@
 
 import os
 import random
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from bench.fidelity import psnr
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
-from bench.gpu.timing import milliseconds
+from bench.gpu.timing import Keep, milliseconds
 from bench.work import prompts
 from models.graphs import Graphed
 
@@ -27,8 +26,8 @@ VARIANTS = ("4step-unet", "1step-unet", "2step-unet")
 Pictures = torch.Tensor  # (B, H, W, 3) uint8
 
 
-def check(ours: Ours, peer: Peer, pixels: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Figures, and "passed". keep: takes what there is so far, in case the rest fails."""
+def check(ours: Ours, peer: Peer, pixels: int, keep: Keep) -> dict[str, Any]:
+    """Figures, and "passed"."""
     rng = random.Random("gpu")
     asked, seeds = rng.sample(prompts(), ROWS), [rng.randrange(2**32) for _ in range(ROWS)]
     rows = range(ROWS)

@@ -12,15 +12,13 @@ from bench.fidelity import psnr
 from bench.gpu.decoders import vectorised_ms
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
-from bench.gpu.timing import VARIANT, milliseconds
+from bench.gpu.timing import VARIANT, Clock, milliseconds
 from bench.work import prompts
-from models.graphs import BUCKETS, Graphed, compiled
+from models.graphs import Graphed, compiled
 
 HEADLINE = ("step", 1)  # behind which a picture alone is compiled throughout
 ORDER = ("decoder", 1), HEADLINE, ("decoder", 4), ("step", 8), ("step", 4), ("step", 2), ("decoder", 2)
 LEAST_S = 60.0  # that must be left to begin one; the watch over the part ends it where that is not enough
-
-Clock = Callable[[], float]  # seconds left
 
 
 def compile_all(
@@ -42,7 +40,7 @@ def compile_all(
             again(1)
             attempt("compiling diffusers", _peer, peer, pixels, left, found)
     if len(found["ours_compiled"]["pieces"]) > 2 and left() > LEAST_S:
-        again(*BUCKETS[:2] if ours.rig.is_toy else BUCKETS)
+        again(*ours.rig.batches)
     attempt("compiling a vectorised decoder", _vectorised, ours, pixels, left, found)
 
 

@@ -82,6 +82,11 @@ class Ours:
             raise ArithmeticError("a picture is blank or undefined")
         return pictures
 
+    def encode_anew(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that may be known."""
+        self.forget_prompts()
+        self.pipeline.encode(prompts)
+
     def forget_prompts(self) -> None:
         """So that the next call encodes them anew."""
         self.pipeline._prompts.clear()

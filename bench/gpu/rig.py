@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.catalog import CATALOG, Family
+from models.graphs import BUCKETS
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
 LABEL = "RANDOM_WEIGHTS.txt"  # written last: a rig without it is not whole
@@ -74,6 +75,11 @@ class Rig:
     def is_toy(self) -> bool:
         """Whether it has the embedded model's size."""
         return self.family.name == "embedded"
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes that are measured."""
+        return BUCKETS[:2] if self.is_toy else BUCKETS
 
     @property
     def variants(self) -> list[str]:

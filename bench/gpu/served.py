@@ -16,10 +16,9 @@ from typing import Any
 from bench.client import Client
 from bench.contenders import HOST, Contender
 from bench.gpu.rig import Rig
+from bench.gpu.timing import Clock, Keep
 from bench.load import Phase, closed_loop, open_loop
 from bench.work import EVEN_MIX, FOUR, Work, stream
-
-Keep = Callable[[dict[str, Any]], None]
 
 CLIENTS = 16
 HEADLINE = "closed, 16 clients, 4 steps"
@@ -34,12 +33,12 @@ def served(
     cache: Path,
     compiles: bool,
     seconds: float,
-    left: Callable[[], float],
+    left: Clock,
     keep: Keep,
     earlier: dict[str, Any],
 ) -> dict[str, Any]:
     """Start it and load it, unless `earlier` has that and it compiles; then, where it compiles and time is left, load a
-    second one once its compiled code is in place. left: seconds. keep: takes what there is so far."""
+    second one once its compiled code is in place."""
     found: dict[str, Any] = {**(earlier if compiles and HEADLINE in earlier else {}), "compiled": {}}
 
     def kept() -> None:

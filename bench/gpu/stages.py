@@ -11,15 +11,14 @@ import torch
 from app.engine.calls import is_out_of_memory
 from app.images import encode
 from bench.gpu.check import recorded
-from bench.gpu.compiling import Clock, compile_all
+from bench.gpu.compiling import compile_all
 from bench.gpu.decoders import folded_ms, plain_attention_ms
 from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
-from bench.gpu.timing import REPEATS, VARIANT, milliseconds
+from bench.gpu.timing import REPEATS, VARIANT, Clock, Keep, milliseconds
 from bench.gpu.without import without
 from bench.images import SIDE, picture
 from bench.work import prompts
-from models.graphs import BUCKETS
 
 # By size, of one row: multiplies and adds, attention too; tests/test_bench_gpu.py counts them over the rig's modules.
 UNET_TFLOP = {1024: 6.761, 512: 1.589}  # a step, with the 0.0525 of the prompt's keys and values
@@ -28,13 +27,11 @@ TEXT_TFLOP = 0.111
 MATMUL = 8192
 
 
-def stages(
-    ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Callable[[dict[str, Any]], None], mode: str
-) -> dict[str, Any]:
+def stages(ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Keep, mode: str) -> dict[str, Any]:
     """Everything that fits into the time there is; what does not is left out, and named in "skipped". mode: of
     torch.compile, or "none"."""
     found: dict[str, Any] = {"skipped": [], "matmul_tflops": _matmul_rate(ours)}
-    batches = BUCKETS[:2] if ours.rig.is_toy else BUCKETS
+    batches = ours.rig.batches
     found["import_s"], found["load_s"] = _import_seconds() if ours.on_gpu else None, round(ours.load_s, 2)
     photo = picture().tobytes()
     found["png_ms_photo_like_1024"] = milliseconds(lambda: _file(photo, SIDE), lambda: None)
@@ -85,12 +82,7 @@ def _ours(ours: Ours, pixels: int, batches: tuple[int, ...], table: dict[str, An
         asked, seeds = list(prompts()[:batch]), list(range(batch))
         rows = ours.start(VARIANT, asked, seeds, pixels)
         table["png"] = _png_ms(ours, rows, pixels)
-
-        def text(asked: list[str] = asked) -> None:
-            ours.forget_prompts()
-            ours.pipeline.encode(asked)
-
-        table["text"][batch] = milliseconds(text, ours.synchronize)
+        table["text"][batch] = milliseconds(lambda: ours.encode_anew(asked), ours.synchronize)  # noqa: B023
         table["step"][batch] = milliseconds(lambda: ours.step(VARIANT, rows, [0] * len(rows)), ours.synchronize)  # noqa: B023
         table["decode"][batch] = milliseconds(lambda: ours.decode(rows), lambda: None)  # noqa: B023
         for steps in (1, 2, 4, 8):

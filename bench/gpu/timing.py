@@ -1,10 +1,14 @@
-"""How calls are timed, and which variant draws."""
+"""What the parts share: how calls are timed, which variant draws, the clock they watch, who keeps what they find."""
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+Clock = Callable[[], float]  # seconds left
+Keep = Callable[[dict[str, Any]], None]  # takes what there is so far, in case the rest fails
 
 VARIANT = "4step-unet"
 REPEATS = 5

@@ -23,17 +23,12 @@ def without(ours: Ours, pixels: int, batches: tuple[int, ...], found: dict[str, 
             (latents, ours.pipeline.encode([prompt])[0]) for (latents, _), prompt in zip(rows, asked, strict=True)
         ]
         at = [0] * batch
-
-        def text(asked: list[str] = asked) -> None:
-            ours.forget_prompts()
-            ours.pipeline.encode(asked)
-
         note("step, keys and values of the prompt made in each", batch, lambda: ours.step(VARIANT, encoded, at))  # noqa: B023
         with _without_graphs(ours):
             note("step, no graph", batch, lambda: ours.step(VARIANT, rows, at))  # noqa: B023
             if batch in DECODED:
                 note("decode, no graph", batch, lambda: ours.decode(rows))  # noqa: B023
-            note("text, no graph", batch, text)
+            note("text, no graph", batch, lambda: ours.encode_anew(asked))  # noqa: B023
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
 TOKENS = 64  # of the attention that is timed at start-up: SDXL's 4,096 would take a CPU minutes
 
@@ -81,11 +81,8 @@ class Graph:
 
 
 def _host(value: Any) -> Any:
-    def one(each: Any) -> Any:
-        is_cuda = str(each).startswith("cuda") if isinstance(each, str | torch.device) else False
-        return torch.device("cpu") if is_cuda else each
-
-    return tree_map(one, value) if isinstance(value, str | torch.device) else value
+    is_cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
+    return torch.device("cpu") if is_cuda else value
 
 
 @contextlib.contextmanager
