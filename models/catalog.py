@@ -10,6 +10,14 @@ PredictionType = Literal["epsilon", "sample"]
 
 
 @dataclass(frozen=True)
+class Weights:
+    """What identifies a weight set everywhere: a variant's name, and the styles added to it, each with its scale."""
+
+    variant: str
+    styles: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Variant:
     """One set of distilled weights, with its step count and what its UNet predicts: neither can be mismatched."""
 
