@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from app.engine.messages import VariantReport
-from app.routes.models import _card
+from app.api.models import _card
 from tests.conftest import APPLE, PLAIN, eventually
 from tests.models import oracle
 
