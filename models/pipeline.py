@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from models import weights
-from models.jpeg import JpegEncoder
 from models.schedule import Schedule, euler_step, model_input
 
 # UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
@@ -91,7 +90,7 @@ class Pipeline:
     """Everything of a family but the UNet's weights, which the registry owns.
 
     steps: how to step a UNet where there is a faster way than to call it (models.graphs); text and decoder are replaced
-    in place for the same end. jpeg: how to make files of pictures that are still on the device, where it can.
+    in place for the same end.
     """
 
     def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype) -> None:
@@ -113,7 +112,6 @@ class Pipeline:
         self.vae = Decoder(vae, vae_config["scaling_factor"], dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
         self.steps: dict[UNetFunction, Step] = {}
-        self.jpeg: JpegEncoder | None = None
         self.latent_channels: int = vae_config["latent_channels"]
         self.vae_scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent, 8
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
@@ -211,18 +209,13 @@ class Pipeline:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers
         return self.to_device(torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype))
 
-    def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pictures as decode_there() makes them, and whether they are sound, both on the host."""
-        pixels, sound = self.decode_there(latents)
-        return self.to_host(pixels), sound
-
     @torch.inference_mode()
-    def decode_there(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pictures (B, H, W, 3) uint8 on the device, and on the host (B,) bool, False where one is NaN or flat.
+    def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pictures (B, H, W, 3) uint8, and (B,) bool, False where one is NaN or flat; both on the host.
 
         Blocks the calling thread and no other: called beside the thread that denoises, it overlaps the next steps; on
-        a GPU on a stream of its own, on which to_host() and to_jpeg() go on. latents: B of (4, h, w), which the device
-        has finished (synchronize() after their last step). What float16 could not hold is decoded once more in float32.
+        a GPU on a stream of its own. latents: B of (4, h, w), which the device has finished (synchronize() after their
+        last step). What float16 could not hold is decoded once more in float32.
         """
         pixels, sound = self._decode(self.decoder, latents)
         if self.dtype is torch.float16 and not sound.all():
@@ -231,7 +224,7 @@ class Pipeline:
                 exact = Decoder(copy.deepcopy(self.vae.vae).float(), self.vae.scaling_factor, torch.float32)
                 for row in (~sound).nonzero().flatten().tolist():
                     pixels[row : row + 1], sound[row : row + 1] = self._decode(exact, latents[row : row + 1])
-        return pixels, sound
+        return self._to_host(pixels), sound
 
     def _decode(
         self, decoder: Callable[[Tensor], tuple[Tensor, Tensor]], latents: Sequence[Tensor]
@@ -241,21 +234,14 @@ class Pipeline:
             pixels, sound = decoder(torch.stack(tuple(latents)))
             return pixels, sound.cpu()  # which waits for both
 
-    @torch.inference_mode()
-    def to_host(self, pixels: Tensor) -> Tensor:
-        """Pictures from decode_there(), in one copy into pinned memory."""
+    def _to_host(self, pixels: Tensor) -> Tensor:
+        """In one copy into pinned memory."""
         if self._decode_stream is None:
             return pixels
         with torch.cuda.stream(self._decode_stream):
             host = torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels, non_blocking=True)
             self._decode_stream.synchronize()
         return host
-
-    def to_jpeg(self, pixels: Tensor, quality: int) -> bytes:
-        """One picture (H, W, 3) from decode_there() as a file, made on the device; only where there is a `jpeg`."""
-        assert self.jpeg is not None
-        with torch.cuda.stream(self._decode_stream):
-            return self.jpeg(pixels, quality)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

@@ -12,7 +12,6 @@ import torch
 from app.engine.costs import Costs
 from app.engine.loop import Loop
 from app.logs import say
-from models import jpeg
 from models.attention import use_fastest_attention, without_masks
 from models.graphs import BUCKETS, Graphed, compiled, on_gpu
 from models.pipeline import STEPS_PRIORITY, Pipeline, TextEncoders, advance
@@ -36,9 +35,8 @@ def spare_memory() -> int:
 
 def prepare(pipeline: Pipeline, registry: Registry) -> None:
     """Choose the attention kernel, and replace the pipeline's functions by graphs, which the warm-up's measurements
-    record. JPEG files are made on the GPU where that can be."""
+    record."""
     say("attention measured", milliseconds_a_step=use_fastest_attention(pipeline.dtype))
-    pipeline.jpeg = jpeg.on_gpu()
     assert isinstance(pipeline.text, TextEncoders)
     for encoder in (pipeline.text.first, pipeline.text.second):
         without_masks(encoder)

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from app.engine.calls import Running
-from app.engine.jobs import Job
 from models.pipeline import Conditioning, Pipeline, UNetFunction
 from models.schedule import Schedule
 
-Picture = tuple[bytes, bool]  # height x width x 3 bytes, or a JPEG file and True
+Picture = tuple[bytes, bool]  # height x width x 3 bytes; the second says that it is no JPEG file, and goes with Done.is_jpeg
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
@@ -34,11 +33,5 @@ def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: li
 
 def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[Picture], list[bool]]:
     """Each row's picture, and whether it is sound."""
-    pixels, sound = pipeline.decode_there([row.latents for row in rows if row.latents is not None])
-    return [_to_bytes(pipeline, row.job, each) for row, each in zip(rows, pixels, strict=True)], sound.tolist()
-
-
-def _to_bytes(pipeline: Pipeline, job: Job, pixels: Tensor) -> Picture:
-    if job.jpeg and pipeline.jpeg is not None:
-        return pipeline.to_jpeg(pixels, job.jpeg), True
-    return pipeline.to_host(pixels).numpy().tobytes(), False
+    pixels, sound = pipeline.decode([row.latents for row in rows if row.latents is not None])
+    return [(each.numpy().tobytes(), False) for each in pixels], sound.tolist()

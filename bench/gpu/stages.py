@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from app.engine.calls import is_out_of_memory
@@ -35,8 +34,7 @@ def stages(ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Ke
     found["import_s"], found["load_s"] = _import_seconds() if ours.on_gpu else None, round(ours.load_s, 2)
     photo = picture().tobytes()
     found["png_ms_photo_like_1024"] = milliseconds(lambda: _file(photo, SIDE), lambda: None)
-    jpeg = {"Pillow, one core": milliseconds(lambda: _file(photo, SIDE, "jpeg"), lambda: None)}
-    found["jpeg_ms_photo_like_1024"] = jpeg
+    found["jpeg_ms_photo_like_1024"] = milliseconds(lambda: _file(photo, SIDE, "jpeg"), lambda: None)
     found["ours"], found["diffusers"] = {}, {}
     found["ours_compiled"], found["diffusers_compiled"] = {"mode": mode, "pieces": []}, {}
 
@@ -56,8 +54,6 @@ def stages(ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Ke
     attempt("switch", lambda: found.update(variant_switch_ms=_switch(ours)))
     attempt("folded", lambda: found.update(decode_folded_ms=folded_ms(ours, sizes[0], batches)))
     attempt("attention", lambda: found.update(decode_plain_attention_ms=plain_attention_ms(ours, sizes[0])))
-    if ours.pipeline.jpeg is not None:
-        attempt("JPEG on the GPU", lambda: jpeg.update({"nvJPEG, with its copy": _jpeg_on_gpu(ours)}))
     found["recorded"] = recorded(ours) if ours.on_gpu else None
     for name in set(ours.rig.variants) - {VARIANT}:
         ours.registry.unload(name)  # 5 GB each, that diffusers' largest batch may want
@@ -108,12 +104,6 @@ def _png_ms(ours: Ours, rows: Any, pixels: int) -> float:
 
 def _file(data: bytes, pixels: int, kind: str = "png") -> bytes:
     return encode(data, pixels, pixels, kind, 90, {})
-
-
-def _jpeg_on_gpu(ours: Ours) -> float:
-    """Milliseconds from pixels on the GPU to a file on the host."""
-    pixels = torch.from_numpy(np.array(picture())).cuda()
-    return milliseconds(lambda: ours.pipeline.to_jpeg(pixels, 90), lambda: None)
 
 
 def _copy_ms(ours: Ours, pixels: int) -> float | None:
