@@ -17,3 +17,4 @@ class EngineConfig(msgspec.Struct, frozen=True):
     compile: bool
     fp8: bool
     cache: str
+    preload: list[str] | None = None

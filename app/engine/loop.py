@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from app.engine import work
-from app.engine.calls import Call, Running, is_out_of_memory, make
+from app.engine.calls import Call, Running, make
 from app.engine.costs import Costs
 from app.engine.messages import (
     Cancel,
@@ -35,7 +35,7 @@ from app.engine.messages import (
     Worked,
 )
 from app.engine.scheduler import plan
-from models.graphs import release_cached_memory
+from models.catalog import Weights
 from models.pipeline import Conditioning, Pipeline
 from models.registry import Registry
 
@@ -87,7 +87,7 @@ class Loop:
     def serve(self) -> None:
         """Be a lane."""
         torch.set_num_threads(self._threads)
-        self.pipeline.use_stream()
+        self.pipeline.device.join_steps()
         try:
             with self._lock:
                 while True:
@@ -100,7 +100,7 @@ class Loop:
                         self._lock.notify()  # there may be something for another lane, too
                     self._lock.release()
                     try:
-                        result, seconds = make(call)
+                        result, seconds = make(call, self.pipeline.device)
                     finally:
                         self._lock.acquire()
                     self._land(call, result, seconds)
@@ -117,10 +117,10 @@ class Loop:
         variants = self.registry.store.family.variants
         return Report(
             [
-                VariantReport(row.name, variants[row.name].steps, row.state, row.resident_bytes, row.reason)
+                VariantReport(row.name, variants[row.name].steps, row.state, row.resident_bytes, row.reason or "")
                 for row in self.registry.status()
             ],
-            torch.cuda.memory_allocated() if self.pipeline.device.startswith("cuda") else 0,
+            self.pipeline.device.memory_used() or 0,
             self.registry.switches,
             self.compiled,
         )
@@ -159,7 +159,9 @@ class Loop:
         if retry is not None:
             self._retries.remove(retry)
             return self._start(replace(retry, start=now))  # what it waited is not the call's
-        idle = [row for row in self.board.values() if not row.busy and self.registry.is_resident(row.job.variant)]
+        idle = [
+            row for row in self.board.values() if not row.busy and self.registry.is_resident(Weights(row.job.variant))
+        ]
         new = [row for row in idle if row.conditioning is None]
         if new and self._room("encode") > 0:  # all together: a call costs more than a prompt
             return self._start(Call("encode", new, partial(work.encode, self.pipeline), self._encoded))
@@ -184,7 +186,7 @@ class Loop:
     def _room(self, stage: str) -> int:
         """How many more calls of a stage may start now."""
         flying = Counter(call.stage for call in self._flying)
-        if self.pipeline.device != "cpu":  # each of the two streams takes one call at a time
+        if self.pipeline.device.steps_at_a_time is not None:  # each of the two streams takes one call at a time
             return 1 - (flying["decode"] if stage == "decode" else flying["encode"] + flying["denoise"])
         free = self.lanes - len(self._flying)
         if stage == "encode" or (stage == "denoise" and not self.compiled):
@@ -194,7 +196,10 @@ class Loop:
     def _decoder_is_behind(self, idle: list[Running]) -> bool:
         """Whether the steps of a GPU, which go first there, must wait so that finished rows need not for ever."""
         finished = sum(row.step == row.job.steps for row in idle)
-        return self.pipeline.device != "cpu" and finished > CHUNKS_BEHIND * self.costs.best_decode_batch
+        return (
+            self.pipeline.device.decodes_at_a_time is not None
+            and finished > CHUNKS_BEHIND * self.costs.best_decode_batch
+        )
 
     def _start(self, call: Call) -> Call:
         for row in call.rows:
@@ -211,7 +216,7 @@ class Loop:
                 raise result  # who knows what is half changed
             self._changed = time.monotonic()
             return
-        if isinstance(result, Exception) and is_out_of_memory(result):
+        if isinstance(result, Exception) and self.pipeline.device.is_out_of_memory(result):
             self._shrink(call, result)
         elif isinstance(result, Exception):
             self._isolate(call, result)
@@ -231,12 +236,12 @@ class Loop:
             running.spent("encode", seconds)
 
     def _start_step(self, rows: list[Running]) -> Call | None:
-        name = rows[0].job.variant
+        job = rows[0].job
         try:
-            unet = self.registry.use(name)
+            unet = self.registry.use(Weights(job.variant))
         except KeyError:
             return None  # evicted since the plan was made: the rows stay, and it is loaded again
-        step = partial(work.denoise, self.pipeline, unet, self.registry.schedules[name])
+        step = partial(work.denoise, self.pipeline, unet, self.registry.schedule(job.variant, job.steps))
         return self._start(Call("denoise", rows, step, self._stepped))
 
     def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
@@ -248,21 +253,21 @@ class Loop:
             running.batches.append(len(rows))
 
     def _decoded(
-        self, rows: list[Running], drawn: tuple[list[work.Picture], list[bool]], start: float, seconds: float
+        self, rows: list[Running], drawn: tuple[list[bytes], list[bool]], start: float, seconds: float
     ) -> None:
         for running, picture, is_sound in zip(rows, *drawn, strict=True):
             running.spent("decode", seconds)
             if self._is_here(running):
                 self._send_picture(running, picture, is_sound)
 
-    def _send_picture(self, running: Running, picture: work.Picture, is_sound: bool) -> None:
+    def _send_picture(self, running: Running, picture: bytes, is_sound: bool) -> None:
         job = running.job
         if not is_sound:
             self._fail(job.id, "numeric_fault", f"{job.variant} made a blank or undefined picture")
             return
         del self.board[job.id]
         truncated = running.conditioning is not None and running.conditioning.truncated
-        self.send(Done(job.id, job.height, job.width, *picture, running.seconds, running.batches, truncated))
+        self.send(Done(job.id, job.height, job.width, picture, False, running.seconds, running.batches, truncated))
 
     def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""
@@ -279,7 +284,7 @@ class Loop:
 
     def _shrink(self, call: Call, error: Exception) -> None:
         """Out of memory: nothing is lost, the rows stay on the board and the batch is smaller from now on."""
-        release_cached_memory()
+        self.pipeline.device.release_memory()
         if len(call.rows) == 1:
             self._fail(call.rows[0].job.id, "out_of_memory")
         elif call.stage in self._caps:
@@ -296,7 +301,7 @@ class Loop:
         """Start to load what is asked for and not there; rows that cannot wait any longer are told so."""
         for running in list(self.board.values()):
             name = running.job.variant
-            if self.registry.is_resident(name):
+            if self.registry.is_resident(Weights(name)):
                 continue
             if now > running.job.deadline:
                 self._fail(running.job.id, "loading", name)
@@ -306,7 +311,7 @@ class Loop:
 
     def _load(self, name: str) -> None:
         try:
-            self.registry.load(name)
+            self.registry.load(Weights(name))
         except Exception as error:
             reason = str(error)
             self.post(lambda: self._fail_variant(name, reason))

@@ -11,9 +11,10 @@ from app.engine.costs import Costs
 from app.engine.jobs import Job
 from app.engine.loop import Loop
 from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Report, Submit
-from models.catalog import CATALOG
+from models.catalog import CATALOG, Weights
+from models.device import Device, Tier
 from models.pipeline import Pipeline
-from models.registry import Registry, Tier
+from models.registry import Registry
 from models.weights import WeightStore
 
 FAMILY = CATALOG["embedded"]
@@ -27,7 +28,7 @@ def job(id: int, prompt: str = "a red apple", variant: str = "2step-unet", deadl
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    return Pipeline(WeightStore(FAMILY), "cpu", torch.float32)
+    return Pipeline(WeightStore(FAMILY), Device(), torch.float32)
 
 
 class Sent(list[FromEngine]):
@@ -48,9 +49,9 @@ def pictures(sent: Sent) -> list[torch.Tensor]:
 
 def make_loop(pipeline: Pipeline, *resident: str, directory=None, budgets=(1 << 40,)) -> tuple[Loop, Sent]:
     tiers = [Tier("cpu", budget) for budget in budgets]
-    registry = Registry(WeightStore(FAMILY, directory), "cpu", torch.float32, tiers)
+    registry = Registry(WeightStore(FAMILY, directory), Device(), torch.float32, tiers)
     for name in resident:
-        registry.load(name)
+        registry.load(Weights(name))
     sent = Sent()
     return Loop(pipeline, registry, COSTS, sent.append), sent
 
@@ -102,7 +103,7 @@ def test_a_variant_is_loaded_at_its_first_request_while_others_are_served(pipeli
     loop.post(Submit([job(0, variant="4step-lora"), job(1)]))
     serve(loop, sent, 2)
     assert sent.done() == {0, 1}
-    assert loop.registry.is_resident("4step-lora")
+    assert loop.registry.is_resident(Weights("4step-lora"))
 
 
 def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embedded_copy):
@@ -141,14 +142,14 @@ def test_a_load_that_fails_midway_leaves_a_busy_variant_in_place(pipeline, embed
     loop.post(Submit([job(0), job(1, variant="4step-lora"), job(2)]))
     serve(loop, sent, 3)
     assert (sent.done(), sent.failed()) == ({0, 2}, {1: "variant_unavailable"})
-    assert loop.registry.is_resident("2step-unet")
+    assert loop.registry.is_resident(Weights("2step-unet"))
 
 
 def test_a_flat_picture_is_a_numeric_fault(embedded_copy):
     path = embedded_copy / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     save_file({k: torch.zeros_like(v) if k.startswith("decoder.conv_out") else v for k, v in state.items()}, path)
-    loop, sent = make_loop(Pipeline(WeightStore(FAMILY, embedded_copy), "cpu", torch.float32), "1step-unet")
+    loop, sent = make_loop(Pipeline(WeightStore(FAMILY, embedded_copy), Device(), torch.float32), "1step-unet")
     loop.post(Submit([job(0, variant="1step-unet")]))
     serve(loop, sent, 1)
     assert (sent.done(), sent.failed()) == (set(), {0: "numeric_fault"})
@@ -170,7 +171,7 @@ def test_a_row_past_its_deadline_is_never_drawn(pipeline):
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
-    unet = loop.registry.use("2step-unet")
+    unet = loop.registry.use(Weights("2step-unet"))
 
     def small_device(latents, *rest):
         if len(latents) > 3:

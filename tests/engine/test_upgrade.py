@@ -4,46 +4,44 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from app.engine import cuda
+from app.engine import upgrade
 from app.engine.calls import Call, make
-from app.engine.costs import Costs
 from app.engine.jobs import Job
+from app.engine.load import Model
 from app.engine.loop import Loop
 from app.engine.messages import Done, FromEngine, Measured, Ping, Report, Submit
-from app.engine.warmup import measure
-from models.catalog import CATALOG
-from models.graphs import Graphed, by_calling
-from models.pipeline import Pipeline, advance
-from models.registry import Registry, Tier
+from models.catalog import CATALOG, Weights
+from models.device import Tier
+from models.gpu.graphs import Graphed
+from models.gpu.prepare import SEEN_OFTEN
+from models.pipeline import Pipeline
+from models.registry import Registry
 from models.weights import WeightStore
 from tests.conftest import ROOT, eventually
+from tests.models.gpu_way import GpuWay
 
 STORE = WeightStore(CATALOG["embedded"])
 
 
 class Engine:
-    """A loop in two lanes over functions that are recorded by calling, with what it sent."""
+    """A loop of two worker threads over functions that are recorded by calling, with what it sent."""
 
-    def __init__(self) -> None:
-        self.pipeline = Pipeline(STORE, "cpu", torch.float32)
-        self.registry = Registry(STORE, "cpu", torch.float32, [Tier("cpu", 1 << 40)])
-        self.registry.static = True
-        self.registry.load("1step-unet")
-        self.pipeline.text = Graphed(self.pipeline.text, by_calling)
-        self.pipeline.decoder = Graphed(self.pipeline.decoder, by_calling, cuda.DECODED)
-        self.steps = self.pipeline.steps[self.registry.unet] = Graphed(partial(advance, self.registry.unet), by_calling)
+    def __init__(self, *batches: int) -> None:
+        device = GpuWay()
+        self.pipeline = Pipeline(STORE, device, torch.float32)
+        registry = Registry(STORE, device, torch.float32, [Tier("cpu", 1 << 40)])
+        registry.load(Weights("1step-unet"))
+        device.prepare(self.pipeline, registry.unet)
+        self.steps = self.pipeline.steps[registry.unet]
+        self.model = Model(self.pipeline, registry, 2, batches)
         self.sent: list[FromEngine] = []
-        self.loop = Loop(self.pipeline, self.registry, self.measure([1]), self.sent.append)
-
-    def measure(self, batches: Sequence[int]) -> Costs:
-        return measure(self.pipeline, self.registry, "1step-unet", 128, batches, 1)
+        self.loop = Loop(self.pipeline, registry, self.model.measure([1]), self.sent.append)
 
     def run(self) -> None:
         for _ in range(2):
@@ -65,9 +63,9 @@ def buckets(graphed: Callable) -> list[int]:
 
 
 def test_larger_batches_are_recorded_beside_the_service_and_measured_then():
-    engine = Engine()
+    engine = Engine(1, 2, 4, 8)
     assert (buckets(engine.steps), buckets(engine.pipeline.decoder), sorted(engine.loop.costs.step)) == ([1], [1], [1])
-    cuda.record_later(engine.loop, engine.measure, [2, 4, 8])
+    upgrade.add_batches(engine.loop, engine.model)
     engine.run()
     assert eventually(lambda: engine.loop._flying != [], 10)
     first = engine.draw(0, 1, 2)
@@ -103,7 +101,7 @@ def test_pings_are_answered_while_a_change_is_made_and_calls_wait_for_its_end():
 
 
 def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without(monkeypatch, capfd):
-    engine, tried = Engine(), []
+    engine, tried = Engine(1), []
 
     def compiler(function):
         tried.append(function)
@@ -111,11 +109,11 @@ def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without
             raise RuntimeError("no such kernel")
         return function
 
-    monkeypatch.setattr(cuda, "compiled", compiler)
+    monkeypatch.setattr(upgrade, "compiled_for_gpu", compiler)
     engine.run()
     before = engine.draw(0)
-    cuda.compile_later(engine.loop, lambda: engine.measure([1]))
-    assert eventually(lambda: len(tried) == 2 and engine.steps.often == cuda.SEEN_OFTEN, 30)
+    upgrade.compile_graphs(engine.loop, engine.model)
+    assert eventually(lambda: len(tried) == 2 and engine.steps.often == SEEN_OFTEN, 30)
     assert "no such kernel" in capfd.readouterr().err
     assert engine.draw(10) == before
     assert not engine.loop.compiled
@@ -132,8 +130,9 @@ def test_an_error_that_loses_the_device_ends_the_process(error):
     lines = f"""
 import torch
 from app.engine.calls import Call, make
+from models.gpu.device import Gpu
 def work(rows): raise {error}
-make(Call("denoise", [], work, print))
+make(Call("denoise", [], work, print), Gpu)
 """
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 70
@@ -147,15 +146,17 @@ def test_no_other_error_does(error):
     def work(rows: list) -> None:
         raise error
 
-    assert make(Call("denoise", [], work, print))[0] is error
+    assert make(Call("denoise", [], work, print), GpuWay())[0] is error
 
 
 def test_compiled_code_comes_in_beside_the_service_and_pictures_stay_the_same(monkeypatch):
-    engine, compiled = Engine(), []
-    monkeypatch.setattr(cuda, "compiled", lambda function: compiled.append(function) or function)  # no Inductor here
+    engine, compiled = Engine(1, 2, 4), []
+    monkeypatch.setattr(
+        upgrade, "compiled_for_gpu", lambda function: compiled.append(function) or function
+    )  # no Inductor here
     engine.run()
     before = engine.draw(0)
-    cuda.compile_later(engine.loop, lambda: engine.measure([1, 2, 4]))
+    upgrade.compile_graphs(engine.loop, engine.model)
     assert eventually(lambda: engine.loop.compiled, 30)
     assert len(compiled) == 2
     assert sorted(engine.loop.costs.step) == [1, 2, 4]  # measured anew
