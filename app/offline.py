@@ -4,14 +4,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import msgspec
 
-from app.engine.worker import choose_dtype, choose_family
+from app.engine.load import CANNOT_OPEN, open_model
 from app.images import MEDIA_TYPES, encode
 from app.settings import EngineSettings
-from models.catalog import Family
-from models.pipeline import Pipeline
-from models.registry import Registry, Tier
+from models.catalog import Family, Weights
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 
@@ -20,27 +18,14 @@ def draw(settings: EngineSettings, prompt: str, variant: str, seed: int, output:
     kind = output.suffix.removeprefix(".").replace("jpg", "jpeg")
     if kind not in MEDIA_TYPES:
         sys.exit(f"{output}: the name must end in .png, .jpeg or .webp")
-    config = settings.engine_config()
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    family = choose_family(config, device)
-    if variant not in family.variants:
-        sys.exit(f"no such variant: {variant}; there are {', '.join(family.variants)}")
-    store = WeightStore(family, settings.model_dir)
     try:
-        pipeline = Pipeline(store, device, choose_dtype(config, device))
-        registry = Registry(store, device, pipeline.dtype, [Tier(device, 1 << 62)])
-        registry.load(variant)
-    except (MissingWeights, BadWeights) as error:
+        model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[variant]), workers=1)
+    except CANNOT_OPEN as error:
         sys.exit(str(error))
-    unet, schedule = registry.use(variant), registry.schedules[variant]
-    side = family.size.default
-    latents = pipeline.noise(seed, side, side, schedule)[None]
-    conditioning = pipeline.encode([prompt])
-    for step in range(family.variants[variant].steps):
-        latents = pipeline.denoise(unet, schedule, latents, torch.tensor([step], device=device), conditioning)
-    pipeline.synchronize()
-    pixels, _ = pipeline.decode(list(latents))
-    parameters = {"Steps": family.variants[variant].steps, "Seed": seed, "Model": f"sdxl-lightning-{variant}"}
+    steps, side = model.family.variants[variant].steps, model.family.size.default
+    unet, schedule = model.registry.use(Weights(variant)), model.registry.schedule(variant, steps)
+    pixels, _ = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
+    parameters = {"Steps": steps, "Seed": seed, "Model": f"sdxl-lightning-{variant}"}
     output.write_bytes(encode(pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
 
 

@@ -1,49 +1,38 @@
 """Our engine without HTTP, queue or messages: models/ Pipeline and Registry, called directly, in a process of its own.
 
-Reads one JSON request a line; answers each with the milliseconds from prompt to PNG bytes.
+Reads one JSON request per line; answers each with the milliseconds from prompt to PNG bytes.
 """
 
 import json
 import sys
 import time
 
-import torch
-
 from app import images
-from app.engine.messages import FromEngine
-from app.engine.worker import build_loop
+from app.engine import upgrade
+from app.engine.load import Model, open_model
 from app.settings import EngineSettings
-from models.pipeline import Pipeline
-from models.registry import Registry
+from models.catalog import Weights
 
 
-class Nowhere:
-    """Takes the place of the wire."""
-
-    def send(self, message: FromEngine) -> None:
-        """Forget it."""
-
-
-def draw(pipeline: Pipeline, registry: Registry, prompt: str, variant: str, seed: int) -> bytes:
+def draw(model: Model, prompt: str, steps: int, seed: int) -> bytes:
     """One picture, start to end, with nothing around it."""
-    unet, schedule = registry.use(variant), registry.schedules[variant]
-    side = registry.store.family.size.default
-    conditioning = pipeline.encode([prompt])
-    latents = pipeline.noise(seed, side, side, schedule)[None]
-    for step in range(len(schedule.timesteps)):
-        latents = pipeline.denoise(unet, schedule, latents, torch.tensor([step]), conditioning)
-    pixels, _ = pipeline.decode(list(latents))
+    variant, side = f"{steps}step-unet", model.family.size.default
+    unet, schedule = model.registry.use(Weights(variant)), model.registry.schedule(variant, steps)
+    pixels, _ = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
     return images.encode(pixels[0].numpy().tobytes(), side, side, "png", 90, {"seed": seed})
 
 
 def main() -> None:
     """Warm up as the server does, say so, and serve the standard input."""
-    loop, _ = build_loop(EngineSettings().engine_config(), Nowhere())  # type: ignore[arg-type]
-    print(json.dumps({"compiled": loop.compiled}), flush=True)
+    config = EngineSettings().engine_config()
+    model = open_model(config)
+    upgrade.prepare(model, config)
+    model.measure(model.batches[: model.device.first_batches])
+    print(json.dumps({"compiled": model.registry.bind is not None}), flush=True)
     for line in sys.stdin:
         ask = json.loads(line)
         start = time.perf_counter()
-        draw(loop.pipeline, loop.registry, ask["prompt"], f"{ask['steps']}step-unet", ask["seed"])
+        draw(model, ask["prompt"], ask["steps"], ask["seed"])
         print(1e3 * (time.perf_counter() - start), flush=True)
 
 

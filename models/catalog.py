@@ -3,7 +3,7 @@
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 HERE = Path(__file__).parent
 PredictionType = Literal["epsilon", "sample"]
@@ -15,6 +15,9 @@ class Weights:
 
     variant: str
     styles: tuple[tuple[str, float], ...] = ()
+
+    def __str__(self) -> str:
+        return " + ".join([self.variant, *(f"{scale:g} {style}" for style, scale in self.styles)])
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Component:
 
     folder: str
     files: tuple[str, ...]
-    repository: str = ""
+    repository: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ def read_catalog(path: Path = HERE / "catalog.toml") -> dict[str, Family]:
     return {name: _family(name, row, variants, path.parent) for name, row in data["family"].items()}
 
 
-def _family(name: str, row: dict, variants: dict[str, Variant], root: Path) -> Family:
+def _family(name: str, row: dict[str, Any], variants: dict[str, Variant], root: Path) -> Family:
     return Family(
         name=name,
         size=Sizes(**row["size"]),
         components={
-            part: Component(value["folder"], tuple(value["files"]), value.get("repository", ""))
+            part: Component(value["folder"], tuple(value["files"]), value.get("repository"))
             for part, value in row["components"].items()
         },
         variants=variants,

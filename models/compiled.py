@@ -2,7 +2,7 @@
 
 The UNet is compiled without weights, for any batch size: each weight set is bound to the same code by reference. Text
 encoders and decoder never change, so theirs stay inside.
-Where no C++ compiler is found, or the cache cannot be written, everything runs as it is. A GPU has models/graphs.py.
+Where no C++ compiler is found, or the cache cannot be written, everything runs as it is. A GPU has models/gpu/.
 """
 
 import argparse
@@ -31,15 +31,17 @@ from torch._inductor import aoti_compile_and_package
 
 from models import weights
 from models.aoti import Broken, Library
-from models.catalog import CATALOG
-from models.pipeline import Pipeline, UNetFunction
-from models.registry import Registry, Tier, WeightSet
+from models.catalog import CATALOG, Weights
+from models.device import Device, Tier
+from models.modules import UNetFunction, WeightSet
+from models.pipeline import Pipeline
+from models.registry import Registry
 from models.vectorised import fold_upsamplers, vectorise
 
 LARGEST_BATCH = 32  # rows; the code is right for any batch up to here (diffusers branches at 64)
 DIGEST_BYTES = 32  # SHA-256, at the end of each file
 PARTS = ("unet", "text", "decoder")
-MADE_BY = ("compiled", "pipeline", "registry", "vectorised")  # modules of ours whose code ends up in what is compiled
+MADE_BY = ("compiled", "modules", "vectorised")  # modules of ours whose code ends up in what is compiled
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -94,8 +96,8 @@ def _behind_the_engine() -> None:
 
 
 def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The compiled text encoders; called as models.pipeline.TextEncoders, by one thread. Raises models.aoti.Broken."""
-    library = Library(_sound(recipe.library("text")))
+    """The compiled text encoders; called as models.modules.TextEncoders, by one thread. Raises models.aoti.Broken."""
+    library = Library(_undamaged(recipe.library("text")))
 
     def encode(ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
         embeds, pooled = library(ids, ids_2)
@@ -105,12 +107,12 @@ def load_text(recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
 
 
 def load_decoder(recipe: Recipe, callers: int = 1) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The compiled decoder; called as models.pipeline.Decoder. callers: threads that will call it at a time."""
-    library = Library(_sound(recipe.library("decoder")), callers)
+    """The compiled decoder; called as models.modules.Decoder. callers: threads that will call it at a time."""
+    library = Library(_undamaged(recipe.library("decoder")), callers)
 
     def decode(latents: Tensor) -> tuple[Tensor, Tensor]:
-        pixels, sound = library(latents)
-        return pixels, sound
+        pixels, valid = library(latents)
+        return pixels, valid
 
     return decode
 
@@ -118,7 +120,7 @@ def load_decoder(recipe: Recipe, callers: int = 1) -> Callable[[Tensor], tuple[T
 def load_unet(recipe: Recipe, callers: int = 1) -> Callable[[WeightSet], UNetFunction]:
     """A function that binds the compiled UNet to a weight set, which is used where it lies, not copied.
     callers: threads that will call it at a time. Raises models.aoti.Broken, and so does what it returns."""
-    path = _sound(recipe.library("unet"))
+    path = _undamaged(recipe.library("unet"))
 
     def bind(weight_set: WeightSet) -> UNetFunction:
         library = Library(path, callers, {f"unet.{key}": tensor for key, tensor in weight_set.items()})
@@ -127,7 +129,7 @@ def load_unet(recipe: Recipe, callers: int = 1) -> Callable[[WeightSet], UNetFun
     return bind
 
 
-def _sound(path: Path) -> Path:
+def _undamaged(path: Path) -> Path:
     """The path of a library that is as it was written: a damaged one would take the process with it, not raise."""
     try:
         written = path.read_bytes()
@@ -148,7 +150,7 @@ def forget(recipe: Recipe) -> None:
 def build(recipe: Recipe) -> None:
     """Compile what is not in the cache: about 80 s for the embedded model on one core."""
     recipe.cache.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline(recipe.store, "cpu", recipe.dtype)
+    pipeline = Pipeline(recipe.store, Device(), recipe.dtype)
     if not recipe.library("text").is_file():
         assert isinstance(pipeline.text, nn.Module)
         length = pipeline.tokenizers[0].model_max_length
@@ -162,10 +164,10 @@ def build(recipe: Recipe) -> None:
         latents = torch.zeros(2, pipeline.latent_channels, side, side)
         _compile(pipeline.decoder, (latents,), recipe.library("decoder"), with_weights=True)
     if not recipe.library("unet").is_file():
-        registry = Registry(recipe.store, "cpu", recipe.dtype, [Tier("cpu", 1 << 62)])
-        name = next(iter(recipe.store.variants_here()))
-        registry.load(name)
-        registry.use(name)
+        registry = Registry(recipe.store, Device(), recipe.dtype, [Tier("cpu", 1 << 62)])
+        weight_set = Weights(next(iter(recipe.store.variants_here())))
+        registry.load(weight_set)
+        registry.use(weight_set)
         vectorise(registry.unet)
         # Written out, softmax(q k) v fuses with its neighbours: 0.85 of the time of torch's own kernel at batch 16.
         registry.unet.unet.set_attn_processor(AttnProcessor())

@@ -1,37 +1,23 @@
 """The pipeline: prompts to conditioning, latents to latents, latents to pictures. It holds no request and no clock."""
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
-from transformers import (
-    BatchEncoding,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import BatchEncoding, CLIPTokenizer
 
-from models import weights
-from models.jpeg import JpegEncoder
+from models.device import Device
+from models.modules import UNetFunction, load_decoder, load_text_encoders
 from models.schedule import Schedule, euler_step, model_input
+from models.weights import WeightStore
 
-# UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
-UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # Step(latents, table, prompt_embeds, pooled, time_ids) -> latents: advance() with its UNet filled in
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 PROMPTS_CACHED = 1024  # prompts; SDXL's take 318 KB each in fp16 (77 x 2048 + 1280), so 0.3 GB in all
-STEPS_PRIORITY = -1  # of the CUDA stream that steps and encodes share; it goes before 0, the decodes'
-FLAT = 1 / 255  # a picture whose pixels deviate less than this is black or blank: a numeric fault, not a picture
 
 
 @dataclass(frozen=True)
@@ -42,38 +28,6 @@ class Conditioning:
     prompt_embeds: Tensor
     pooled: Tensor
     truncated: bool
-
-
-class TextEncoders(nn.Module):
-    """CLIP ViT-L and OpenCLIP bigG (or their miniatures), as diffusers' SDXL pipeline uses them."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        """ids, ids_2: (B, L) int64. Returns prompt_embeds (B, L, C) and pooled (B, P)."""
-        one = self.first(ids, output_hidden_states=True)
-        two = self.second(ids_2, output_hidden_states=True)
-        # "2" because SDXL reads the penultimate layer (SDXL report, sec. 2.1).
-        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds
-
-
-class Decoder(nn.Module):
-    """The VAE's decoder with the way to bytes behind it, so that only bytes leave the device."""
-
-    def __init__(self, vae: Any, scaling_factor: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.vae, self.scaling_factor, self.dtype = vae, scaling_factor, dtype
-
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """latents: (B, 4, h, w) float32. Returns pictures (B, 8h, 8w, 3) uint8, and (B,) bool: is it
-        sound, that is neither flat nor anywhere NaN or Inf?"""
-        latents = latents / self.scaling_factor  # 0.13025 for SDXL, from vae/config.json
-        raw = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
-        pixels = (raw / 2 + 0.5).clamp(0, 1)
-        sound = (pixels.flatten(1).std(dim=1) >= FLAT) & raw.isfinite().flatten(1).all(dim=1)
-        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sound
 
 
 def advance(
@@ -90,54 +44,53 @@ def advance(
 class Pipeline:
     """Everything of a family but the UNet's weights, which the registry owns.
 
-    steps: how to step a UNet where there is a faster way than to call it (models.graphs); text and decoder are replaced
-    in place for the same end. jpeg: how to make files of pictures that are still on the device, where it can.
+    text, decoder: replaced in place where there is something faster than the modules. steps: the same for UNets.
     """
 
-    def __init__(self, store: weights.WeightStore, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, store: WeightStore, device: Device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        on_gpu = device.startswith("cuda")
-        self._steps_stream = torch.cuda.Stream(priority=STEPS_PRIORITY) if on_gpu else None
-        self._decode_stream = torch.cuda.Stream(priority=0) if on_gpu else None
-        self.use_stream()
         self.tokenizers = [
             CLIPTokenizer.from_pretrained(store.component_folder(part), local_files_only=True)
             for part in ("tokenizer", "tokenizer_2")
         ]
-        self.text: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = TextEncoders(
-            self._text_encoder(store, "text_encoder", CLIPTextModel),
-            self._text_encoder(store, "text_encoder_2", CLIPTextModelWithProjection),
-        )
-        vae_config = store.config("vae")
-        vae = self._filled(lambda: AutoencoderKL.from_config(vae_config), store, "vae")
-        self.vae = Decoder(vae, vae_config["scaling_factor"], dtype)
+        self.text: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = load_text_encoders(store, device.name, dtype)
+        self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
         self.steps: dict[UNetFunction, Step] = {}
-        self.jpeg: JpegEncoder | None = None
-        self.latent_channels: int = vae_config["latent_channels"]
-        self.vae_scale = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent, 8
+        config = store.config("vae")
+        self.latent_channels: int = config["latent_channels"]
+        self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
 
-    def use_stream(self) -> None:
-        """Make what this thread does on a GPU go first there, and in one order with what others do that called this.
-        To be called by each thread that encodes or steps; the one that made the pipeline has."""
-        if self._steps_stream is not None:
-            torch.cuda.set_stream(self._steps_stream)
+    def draw(
+        self,
+        unet: UNetFunction,
+        schedule: Schedule,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        height: int,
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one."""
+        latents = self.sample(unet, schedule, prompts, seeds, height, width)
+        self.device.wait()
+        return self.decode(list(latents))
 
-    def _text_encoder(self, store: weights.WeightStore, part: str, kind: type[PreTrainedModel]) -> nn.Module:
-        return self._filled(lambda: kind(CLIPTextConfig.from_dict(store.config(part))), store, part)
-
-    def _filled(self, make: Callable[[], nn.Module], store: weights.WeightStore, part: str) -> nn.Module:
-        state = weights.read(store.component_file(part), self.device)
-        with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
-            module = make()
-        state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
-        if not any(key.startswith("text_model.") for key in module.state_dict()):
-            # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
-            state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
-        fill(module, state, part)
-        module = module.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return module.eval().requires_grad_(False)
+    def sample(
+        self,
+        unet: UNetFunction,
+        schedule: Schedule,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """Their latents after the last step, (B, 4, h, w) float32."""
+        conditioning = [self.project(unet, row) for row in self.encode(prompts)]
+        latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
+        for step in range(len(schedule.timesteps)):
+            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning)
+        return latents
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
@@ -145,7 +98,7 @@ class Pipeline:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
         if new:
             tokens = [self._tokenize(tokenizer, new) for tokenizer in self.tokenizers]
-            embeds, pooled = self.text(*(self.to_device(each.input_ids) for each in tokens))
+            embeds, pooled = self.text(*(self.device.put(each.input_ids) for each in tokens))
             is_full = (tokens[0].attention_mask | tokens[1].attention_mask).all(dim=1).tolist()
             for row, prompt in enumerate(new):
                 is_cut = is_full[row] and self._is_cut(prompt)
@@ -167,22 +120,22 @@ class Pipeline:
     def _is_cut(self, prompt: str) -> bool:
         return any(len(tokenizer(prompt).input_ids) > tokenizer.model_max_length for tokenizer in self.tokenizers)
 
+    def forget_prompts(self) -> None:
+        """Encode every prompt anew from now on."""
+        self._prompts.clear()
+
     def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
         """The starting latents of one picture, (4, h, w) float32: diffusers' own, from a CPU generator, so that a seed
         means the same picture on every device and in any batch."""
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
-        return self.to_device(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """A host tensor on the device; through pinned memory, so that the host need not wait."""
-        return tensor if self._steps_stream is None else tensor.pin_memory().to(self.device, non_blocking=True)
+        return self.device.put(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
 
     @torch.inference_mode()
     def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
-        """The row with the cross-attentions' keys and values of its prompt in place of the embeddings, if the UNet
-        takes them (models.attention). They depend on prompt and weights alone: once a request instead of each step."""
+        """The row with its embeddings as the UNet reads them fastest, if it knows such a way (models.gpu.static). They
+        depend on prompt and weights alone: made once per request instead of in each step."""
         project = getattr(unet, "project", None)
         return row if project is None else replace(row, prompt_embeds=project(row.prompt_embeds))
 
@@ -192,86 +145,44 @@ class Pipeline:
         unet: UNetFunction,
         schedule: Schedule,
         latents: Tensor,
-        step: Tensor,
+        steps: Sequence[int],
         conditioning: Sequence[Conditioning],
     ) -> Tensor:
         """One step of every row, wherever each row stands. Waits for nothing on the host.
 
-        latents: (B, 4, h, w) float32. step: (B,) int64 on the device, each row's index into the schedule.
+        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule.
         conditioning: B rows, all as encode() gave them or all as project() did.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
+        table = schedule.table[self.device.put(torch.tensor(steps))]
         embeds = torch.stack([row.prompt_embeds for row in conditioning])
         pooled = torch.stack([row.pooled for row in conditioning])
         time_ids = self._time_ids(height, width).repeat(len(conditioning), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
-        return run(latents, schedule.table[step], embeds, pooled, time_ids)
+        return run(latents, table, embeds, pooled, time_ids)
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers
-        return self.to_device(torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype))
+        return self.device.put(torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype))
 
+    @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pictures as decode_there() makes them, and whether they are sound, both on the host."""
-        pixels, sound = self.decode_there(latents)
-        return self.to_host(pixels), sound
+        """Pictures (B, H, W, 3) uint8, and (B,) bool, False where one is NaN or flat; both on the host.
 
-    @torch.inference_mode()
-    def decode_there(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pictures (B, H, W, 3) uint8 on the device, and on the host (B,) bool, False where one is NaN or flat.
-
-        Blocks the calling thread and no other: called beside the thread that denoises, it overlaps the next steps; on
-        a GPU on a stream of its own, on which to_host() and to_jpeg() go on. latents: B of (4, h, w), which the device
-        has finished (synchronize() after their last step). What float16 could not hold is decoded once more in float32.
+        Blocks the calling thread and no other: called beside the thread that denoises, it overlaps the next steps.
+        latents: B of (4, h, w), which the device has finished (device.wait() after their last step). What float16
+        could not hold is decoded once more in float32.
         """
-        pixels, sound = self._decode(self.decoder, latents)
-        if self.dtype is torch.float16 and not sound.all():
-            # Made anew each time, 0.3 GB for SDXL: with weights that are right for float16 it is never needed.
-            with torch.cuda.stream(self._decode_stream):  # which reads them; no stream, no effect
-                exact = Decoder(copy.deepcopy(self.vae.vae).float(), self.vae.scaling_factor, torch.float32)
-                for row in (~sound).nonzero().flatten().tolist():
-                    pixels[row : row + 1], sound[row : row + 1] = self._decode(exact, latents[row : row + 1])
-        return pixels, sound
-
-    def _decode(
-        self, decoder: Callable[[Tensor], tuple[Tensor, Tensor]], latents: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        with torch.cuda.stream(self._decode_stream):
+        with self.device.decoding():
             # Stacked here, not by the caller: on its stream the copy would wait behind the step that runs now.
-            pixels, sound = decoder(torch.stack(tuple(latents)))
-            return pixels, sound.cpu()  # which waits for both
+            pixels, valid = self._decode(self.decoder, latents)
+            if self.dtype is torch.float16 and not valid.all():
+                exact = self.vae.in_float32()  # each time: with weights that are right for float16 it is never needed
+                for row in (~valid).nonzero().flatten().tolist():
+                    pixels[row : row + 1], valid[row : row + 1] = self._decode(exact, latents[row : row + 1])
+            return self.device.to_host(pixels), valid
 
-    @torch.inference_mode()
-    def to_host(self, pixels: Tensor) -> Tensor:
-        """Pictures from decode_there(), in one copy into pinned memory."""
-        if self._decode_stream is None:
-            return pixels
-        with torch.cuda.stream(self._decode_stream):
-            host = torch.empty_like(pixels, device="cpu", pin_memory=True).copy_(pixels, non_blocking=True)
-            self._decode_stream.synchronize()
-        return host
-
-    def to_jpeg(self, pixels: Tensor, quality: int) -> bytes:
-        """One picture (H, W, 3) from decode_there() as a file, made on the device; only where there is a `jpeg`."""
-        assert self.jpeg is not None
-        with torch.cuda.stream(self._decode_stream):
-            return self.jpeg(pixels, quality)
-
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self._steps_stream is not None:
-            torch.cuda.current_stream().synchronize()
-
-
-def fill(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Load a state dict into a module, every tensor by name and shape. Raises weights.BadWeights where they differ."""
-    check_fit(module.state_dict(), state, name)
-    module.load_state_dict(state, strict=True, assign=True)
-
-
-def check_fit(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> None:
-    """Raises weights.BadWeights, naming `name`, unless `state` has the expected tensors by name and shape."""
-    wanted, found = ({key: tuple(value.shape) for key, value in each.items()} for each in (expected, state))
-    if wanted != found:
-        wrong = sorted(set(wanted.items()) ^ set(found.items()))[:3]
-        raise weights.BadWeights(f"{name}: its tensors do not fit this model, first {wrong}")
+    @staticmethod
+    def _decode(decoder: Callable[[Tensor], tuple[Tensor, Tensor]], latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, valid = decoder(torch.stack(tuple(latents)))
+        return pixels, valid.cpu()  # which waits for both

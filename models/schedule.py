@@ -1,6 +1,7 @@
 """The schedule: tables from diffusers' own scheduler, and the Euler step over them, each row at its own step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -26,18 +27,20 @@ class Schedule:
         return Schedule(self.timesteps.to(device), self.sigmas.to(device), self.table.to(device))
 
 
-def make_schedule(variant: Variant, config: dict) -> Schedule:
+def make_schedule(variant: Variant, steps: int, config: dict[str, Any]) -> Schedule:
     """Trailing timesteps and their sigmas (Lightning's model card; leading ones never reach pure noise).
 
-    config: the base model's scheduler_config.json.
+    config: the base model's scheduler_config.json. Raises ValueError for steps that the variant was not made for.
     """
+    if steps != variant.steps:
+        raise ValueError(f"variant {variant.name} draws in {variant.steps} steps, not in {steps}")
     scheduler = EulerDiscreteScheduler.from_config(
         config, timestep_spacing="trailing", prediction_type=variant.prediction_type
     )
-    scheduler.set_timesteps(variant.steps)
+    scheduler.set_timesteps(steps)
     timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
-    if len(timesteps) != variant.steps or sigmas[-1] != 0:
-        raise ValueError(f"variant {variant.name}: the scheduler made {len(timesteps)} timesteps for {variant.steps}")
+    if len(timesteps) != steps or sigmas[-1] != 0:
+        raise ValueError(f"variant {variant.name}: the scheduler made {len(timesteps)} timesteps for {steps}")
     predicts_sample = torch.full_like(timesteps, variant.prediction_type == "sample")
     return Schedule(timesteps, sigmas, torch.stack([timesteps, sigmas[:-1], sigmas[1:], predicts_sample], dim=1))
 

@@ -42,7 +42,8 @@ class GroupNorm(nn.Module):
         mean, square = self._over_groups(rows.mean(1)), self._over_groups((rows * rows).mean(1))
         scale = (square - mean * mean).clamp_min(0).add(self.eps).rsqrt() * self.weight.float()
         normed = (rows - mean) * scale + self.bias.float()
-        return normed.to(x.dtype).transpose(1, 2).unflatten(2, x.shape[2:])
+        out: Tensor = normed.to(x.dtype).transpose(1, 2).unflatten(2, x.shape[2:])
+        return out
 
     def _over_groups(self, means: Tensor) -> Tensor:
         """(B, C) to each channel's mean over its group, (B, 1, C). A product of matrices, because the compiler would

@@ -4,6 +4,7 @@ import hashlib
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -51,13 +52,14 @@ class WeightStore:
         variant = self.family.variants[name]
         return self._find(Component("", (variant.file,), "lightning"), variant.file, local_folder="", download=download)
 
-    def config(self, part: str) -> dict:
+    def config(self, part: str) -> dict[str, Any]:
         """A component's config.json (or scheduler_config.json). Raises MissingWeights, BadWeights."""
         path = self.component_file(part, 0)
         try:
-            return json.loads(path.read_text())
+            found: dict[str, Any] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise BadWeights(f"{part}/{path.name} is not readable JSON: {error}") from error
+        return found
 
     def is_complete(self) -> bool:
         """Whether every file of the base and at least one variant is here without a download."""
@@ -93,7 +95,8 @@ class WeightStore:
 
     def _find(self, component: Component, file: str, local_folder: str, download: bool) -> Path:
         if self.directory is not None:
-            return self._find_locally(local_folder, file)
+            return self._find_locally(self.directory / local_folder, file)
+        assert component.repository is not None, "a family has repositories, or a directory of its own"
         repository = self.family.repositories[component.repository]
         name = f"{component.folder}/{file}" if component.folder else file
         cached = try_to_load_from_cache(repository.id, name, revision=repository.revision)
@@ -113,14 +116,12 @@ class WeightStore:
             raise
         return path
 
-    def _find_locally(self, folder: str, file: str) -> Path:
-        assert self.directory is not None
+    def _find_locally(self, folder: Path, file: str) -> Path:
         for name in (file, file.replace(".fp16.", ".")):
-            path = self.directory / folder / name
-            if path.is_file():
-                return path
+            if (folder / name).is_file():
+                return folder / name
         raise MissingWeights(
-            f"{Path(folder) / file} of {self.family.name} is not in {self.directory}. "
+            f"{file} of {self.family.name} is not in {folder}. "
             "Put the file there, or set MODEL_DIR to a directory that has it."
         )
 
@@ -157,6 +158,14 @@ def check_header(path: Path) -> None:
             raise BadWeights(f"{path.name}: its header is not JSON") from error
     if not isinstance(header, dict) or len(header) > TENSOR_LIMIT:
         raise BadWeights(f"{path.name}: its header is no table of at most {TENSOR_LIMIT} tensors")
+
+
+def check_fit(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> None:
+    """Raises BadWeights, naming `name`, unless `state` has the expected tensors by name and shape."""
+    wanted, found = ({key: tuple(value.shape) for key, value in each.items()} for each in (expected, state))
+    if wanted != found:
+        wrong = sorted(set(wanted.items()) ^ set(found.items()))[:3]
+        raise BadWeights(f"{name}: its tensors do not fit this model, first {wrong}")
 
 
 def _sha256(path: Path) -> str:

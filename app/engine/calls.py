@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from app.engine.jobs import Job, Row
 from app.logs import say
+from models.device import Device
 from models.pipeline import Conditioning
 
 
@@ -55,29 +55,17 @@ class Call:
         return sum(running.row.count for running in self.rows)
 
 
-def make(call: Call) -> tuple[Any, float]:
+def make(call: Call, device: Device) -> tuple[Any, float]:
     """In a worker thread: the result of a call, or its error, and the seconds it took."""
     start = time.monotonic()
     try:
         result = call.work(call.rows)
     except Exception as error:
-        end_if_the_device_is_lost(error)
+        if device.is_lost(error):
+            say("the device is lost; the engine ends", error=str(error))
+            os._exit(70)  # EX_SOFTWARE; from any thread
         for each in (error, error.__context__):  # their frames hold the failed call's tensors
             if each is not None:
                 traceback.clear_frames(each.__traceback__)
         result = error
     return result, time.monotonic() - start
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device's memory did not suffice; CUDA and its libraries say so in their own words."""
-    # The last is cuDNN's, where no way to convolve finds room for its workspace.
-    words = ("ALLOC_FAILED", "CUDA error: out of memory", "unable to find an engine")
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
-
-
-def end_if_the_device_is_lost(error: Exception) -> None:
-    """A CUDA error other than out-of-memory poisons its context for good: only a new process cures it."""
-    if not is_out_of_memory(error) and (isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)):
-        say("the device is lost; the engine ends", error=str(error))
-        os._exit(70)  # EX_SOFTWARE; from any thread

@@ -91,7 +91,7 @@ class Fleet:
         if (report := self._engine.report) is not None:
             for variant in report.variants:
                 self.metrics.resident.labels(variant.name).set(variant.resident_bytes)
-            self.metrics.device_bytes.set(report.device_bytes)
+            self.metrics.device_bytes.set(report.device_bytes or 0)
             self.metrics.switches.set(report.switches)
         if self._engine.costs is not None:
             for batch, seconds in self._engine.costs.step.items():

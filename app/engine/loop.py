@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from app.engine import work
-from app.engine.calls import Call, Running, is_out_of_memory, make
+from app.engine.calls import Call, Running, make
 from app.engine.costs import Costs
 from app.engine.loading import Loading
 from app.engine.messages import (
@@ -102,7 +102,7 @@ class Loop:
     def serve(self) -> None:
         """Be a worker, until stop()."""
         torch.set_num_threads(self._threads)
-        self.pipeline.use_stream()
+        self.pipeline.device.join_steps()
         try:
             with self._lock:
                 while not self._stopped:
@@ -115,7 +115,7 @@ class Loop:
                         self._lock.notify()  # there may be something for another worker, too
                     self._lock.release()
                     try:
-                        result, seconds = make(call)
+                        result, seconds = make(call, self.pipeline.device)
                     finally:
                         self._lock.acquire()
                     self._settle(call, result, seconds)
@@ -135,7 +135,7 @@ class Loop:
                 VariantReport(row.name, variants[row.name].steps, row.state, row.resident_bytes, row.reason)
                 for row in self.registry.status()
             ],
-            self.pipeline.device.bytes_in_use(),
+            self.pipeline.device.memory_used(),
             self.registry.switches,
             self.compiled,
         )
@@ -195,8 +195,9 @@ class Loop:
 
     def _workers(self) -> Workers:
         device = self.pipeline.device
-        steps = min(self.workers, self.registry.steps_at_a_time)
-        return Workers(self.workers, steps, min(self.workers, device.decodes_at_a_time))
+        # A module steps with one variant's weights in it; code that is bound to weights steps in every worker.
+        steps = device.steps_at_a_time or (1 if self.registry.bind is None else self.workers)
+        return Workers(self.workers, steps, device.decodes_at_a_time or self.workers)
 
     def _resident_rows(self, now: float) -> list[Running]:
         """The rows that no call has and whose weights are here. Those of the others are loaded; a row that cannot wait
@@ -237,7 +238,7 @@ class Loop:
                 raise result  # who knows what is half changed
             self._changed = time.monotonic()
             return
-        if isinstance(result, Exception) and is_out_of_memory(result):
+        if isinstance(result, Exception) and self.pipeline.device.is_out_of_memory(result):
             self._shrink(call, result)
         elif isinstance(result, Exception):
             self._isolate(call, result)

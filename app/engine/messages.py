@@ -52,10 +52,10 @@ class VariantReport(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """The answer to a Ping. device_bytes: GPU memory in use; 0 on a CPU."""
+    """The answer to a Ping. device_bytes: GPU memory in use; None on a CPU."""
 
     variants: list[VariantReport]
-    device_bytes: int
+    device_bytes: int | None
     switches: int
     compiled: bool
 

@@ -136,7 +136,7 @@ class EngineProcess:
         self.ready = None
         if self.report is not None:  # what it held has gone with it
             gone = [msgspec.structs.replace(row, state="on disk", resident_bytes=0) for row in self.report.variants]
-            self.report = Report(gone, 0, 0, False)
+            self.report = Report(gone, None, 0, False)
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -1,52 +1,61 @@
-"""Measure at start-up what a step and a decode take at each batch size on this machine."""
+"""Measure at start-up what a step and a decode take at each batch size on this machine, where that is affordable."""
 
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from app.engine.calls import is_out_of_memory
 from app.engine.costs import Costs
-from models.graphs import release_cached_memory
+from models.catalog import Weights
 from models.pipeline import Pipeline
 from models.registry import Registry
 
 REPEATS = 3  # after one call that is not counted; the fastest is kept, since a shared machine only ever adds time
+COSTLY_S = 2.0  # a step and a decode of one row that take longer are measured once, and no batch is
 
 
-def measure(
-    pipeline: Pipeline, registry: Registry, variant: str, pixels: int, batches: Sequence[int], lanes: int
-) -> Costs:
-    """Time the resident `variant` on square pictures of `pixels` a side, at these batch sizes, or as far as memory
-    goes. Raises torch.OutOfMemoryError if it is not enough for one picture."""
-    unet, schedule = registry.use(variant), registry.schedules[variant]
-    noise = pipeline.noise(0, pixels, pixels, schedule)
-    conditioning = pipeline.project(unet, pipeline.encode(["a warm-up"])[0])
-    step, decode = {}, {}
-    for batch in sorted(batches, reverse=True):  # the largest first: the memory of its graph has room for the others'
-        latents = noise.repeat(batch, 1, 1, 1)
-        index = torch.zeros(batch, dtype=torch.int64, device=pipeline.device)
-        rows = [conditioning] * batch
-        try:
-            step[batch] = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, index, rows))  # noqa: B023
-            decode[batch] = _seconds(pipeline, lambda: pipeline.decode(list(latents)))  # noqa: B023
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if batch == 1 or not is_out_of_memory(error):
-                raise
-            step.pop(batch, None)
-        if batch not in decode:
-            release_cached_memory()  # not above: until there, the error holds the tensors of the call that failed
+def measure(pipeline: Pipeline, registry: Registry, batches: Sequence[int], workers: int) -> Costs:
+    """Time a resident variant at these batch sizes, or as far as memory goes, on square pictures of the family's
+    default side; where a picture is costly, one row of the smallest, once: costs grow with the pixels. Raises
+    torch.OutOfMemoryError if memory is not enough for one picture."""
+    device, size = pipeline.device, registry.store.family.size
+    at_a_time = workers if registry.bind is not None else 1  # else one module steps, while the others do other things
     encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {time.monotonic_ns()}"]))  # new: none is cached
-    return Costs(step, decode, encode, pixels * pixels, lanes)
+    if device.first_call_is_typical:
+        step, decode = _step_and_decode(pipeline, registry, size.minimum, 1, repeats=0)
+        if step + decode > COSTLY_S:
+            return Costs({1: step}, {1: decode}, encode, size.minimum**2, at_a_time)
+    steps, decodes = {}, {}
+    for batch in sorted(batches, reverse=True):  # the largest first: the memory of its graph has room for the others'
+        try:
+            steps[batch], decodes[batch] = _step_and_decode(pipeline, registry, size.default, batch, REPEATS)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if batch == 1 or not device.is_out_of_memory(error):
+                raise
+        if batch not in decodes:
+            device.release_memory()  # not above: until there, the error holds the tensors of the call that failed
+    return Costs(steps, decodes, encode, size.default**2, at_a_time)
 
 
-def _seconds(pipeline: Pipeline, call: Callable[[], object]) -> float:
-    call()
-    pipeline.synchronize()
+def _step_and_decode(
+    pipeline: Pipeline, registry: Registry, pixels: int, batch: int, repeats: int
+) -> tuple[float, float]:
+    """Seconds of both, for `batch` rows of `pixels` a side."""
+    name = next(row.name for row in registry.status() if row.state == "resident")
+    unet = registry.use(Weights(name))
+    schedule = registry.schedule(name, registry.store.family.variants[name].steps)
+    latents = pipeline.noise(0, pixels, pixels, schedule).repeat(batch, 1, 1, 1)
+    rows = [pipeline.project(unet, pipeline.encode(["a warm-up"])[0])] * batch
+    step = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, [0] * batch, rows), repeats)
+    return step, _seconds(pipeline, lambda: pipeline.decode(list(latents)), repeats)
+
+
+def _seconds(pipeline: Pipeline, call: Callable[[], object], repeats: int = REPEATS) -> float:
+    """The fastest of some calls after the first; of no others, the first."""
     times = []
-    for _ in range(REPEATS):
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         call()
-        pipeline.synchronize()
+        pipeline.device.wait()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times[1:], default=times[0])

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from app.engine.calls import Running
-from app.engine.jobs import Job
-from models.pipeline import Conditioning, Pipeline, UNetFunction
+from models.modules import UNetFunction
+from models.pipeline import Conditioning, Pipeline
 from models.schedule import Schedule
-
-Picture = tuple[bytes, bool]  # height x width x 3 bytes, or a JPEG file and True
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
@@ -21,24 +19,15 @@ def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: li
     for row in rows:
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
-    latents = [
-        pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule) if row.latents is None else row.latents
-        for row in rows
-    ]
-    step = pipeline.to_device(torch.tensor([row.step for row in rows]))
+            row.latents = pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
+    latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
-    stepped = pipeline.denoise(unet, schedule, torch.stack(latents), step, conditioning)
-    pipeline.synchronize()  # between steps, so that new rows can join; within a step nothing waits
+    stepped = pipeline.denoise(unet, schedule, latents, [row.step for row in rows], conditioning)
+    pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
     return stepped
 
 
-def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[Picture], list[bool]]:
-    """Each row's picture, and whether it is sound."""
-    pixels, sound = pipeline.decode_there([row.latents for row in rows if row.latents is not None])
-    return [_to_bytes(pipeline, row.job, each) for row, each in zip(rows, pixels, strict=True)], sound.tolist()
-
-
-def _to_bytes(pipeline: Pipeline, job: Job, pixels: Tensor) -> Picture:
-    if job.jpeg and pipeline.jpeg is not None:
-        return pipeline.to_jpeg(pixels, job.jpeg), True
-    return pipeline.to_host(pixels).numpy().tobytes(), False
+def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[bytes], list[bool]]:
+    """Each row's picture, height x width x 3 bytes, and whether it is valid."""
+    pixels, valid = pipeline.decode([row.latents for row in rows if row.latents is not None])
+    return [each.numpy().tobytes() for each in pixels], valid.tolist()

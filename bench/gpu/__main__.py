@@ -20,7 +20,7 @@ import torch
 
 from bench.gpu.report import headline, show
 from bench.gpu.timing import Clock, Keep
-from models.graphs import COMPILE_MODE
+from models.gpu.graphs import COMPILE_MODE
 
 if TYPE_CHECKING:
     from bench.gpu.rig import Rig

@@ -13,7 +13,7 @@ from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
 from bench.gpu.timing import Keep, milliseconds
 from bench.work import prompts
-from models.graphs import Graphed
+from models.gpu.graphs import Graphed
 
 GATE = 40.0  # dB, of every picture
 FP8_GATE = 30.0  # dB from our own float16, of every picture; below it FP8=1 is not to be used

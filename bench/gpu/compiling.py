@@ -14,7 +14,7 @@ from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
 from bench.gpu.timing import VARIANT, Clock, milliseconds
 from bench.work import prompts
-from models.graphs import Graphed, compiled
+from models.gpu.graphs import Graphed, compiled
 
 HEADLINE = ("step", 1)  # behind which a picture alone is compiled throughout
 ORDER = ("decoder", 1), HEADLINE, ("decoder", 4), ("step", 8), ("step", 4), ("step", 2), ("decoder", 2)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from app.engine.cuda import DECODED
 from bench.gpu.ours import Ours
 from bench.gpu.timing import milliseconds
-from models.graphs import Graphed, by_calling, on_gpu
+from models.gpu.graphs import Graphed, by_calling, on_gpu
+from models.gpu.prepare import DECODED
 from models.vectorised import fold_upsamplers, vectorise
 
 

@@ -48,7 +48,7 @@ def show(results: dict[str, Any], path: Path) -> None:
         loads = {key: row for key, row in found.items() if isinstance(row, dict) and "p50_ms" in row}
         if loads:
             columns = list(next(iter(loads.values())))
-            lines += ["", f"## {title}, with PNG where nothing else is said", ""]
+            lines += ["", f"## {title}, with PNG", ""]
             lines += _table(["load", *columns], [[key, *(row.get(c) for c in columns)] for key, row in loads.items()])
     text = "\n".join(lines) + "\n"
     path.write_text(text)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.catalog import CATALOG, Family
-from models.graphs import BUCKETS
+from models.gpu.graphs import BUCKETS
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
 LABEL = "RANDOM_WEIGHTS.txt"  # written last: a rig without it is not whole

@@ -5,10 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from app.engine.calls import is_out_of_memory
 from app.images import encode
 from bench.gpu.check import recorded
 from bench.gpu.compiling import compile_all
@@ -19,6 +17,8 @@ from bench.gpu.timing import REPEATS, VARIANT, Clock, Keep, milliseconds
 from bench.gpu.without import without
 from bench.images import SIDE, picture
 from bench.work import prompts
+from models.catalog import Weights
+from models.gpu.device import Gpu
 
 # By size, of one row: multiplies and adds, attention too; tests/test_bench_gpu.py counts them over the rig's modules.
 UNET_TFLOP = {1024: 6.761, 512: 1.589}  # a step, with the 0.0525 of the prompt's keys and values
@@ -35,8 +35,7 @@ def stages(ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Ke
     found["import_s"], found["load_s"] = _import_seconds() if ours.on_gpu else None, round(ours.load_s, 2)
     photo = picture().tobytes()
     found["png_ms_photo_like_1024"] = milliseconds(lambda: _file(photo, SIDE), lambda: None)
-    jpeg = {"Pillow, one core": milliseconds(lambda: _file(photo, SIDE, "jpeg"), lambda: None)}
-    found["jpeg_ms_photo_like_1024"] = jpeg
+    found["jpeg_ms_photo_like_1024"] = milliseconds(lambda: _file(photo, SIDE, "jpeg"), lambda: None)
     found["ours"], found["diffusers"] = {}, {}
     found["ours_compiled"], found["diffusers_compiled"] = {"mode": mode, "pieces": []}, {}
 
@@ -56,11 +55,9 @@ def stages(ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Ke
     attempt("switch", lambda: found.update(variant_switch_ms=_switch(ours)))
     attempt("folded", lambda: found.update(decode_folded_ms=folded_ms(ours, sizes[0], batches)))
     attempt("attention", lambda: found.update(decode_plain_attention_ms=plain_attention_ms(ours, sizes[0])))
-    if ours.pipeline.jpeg is not None:
-        attempt("JPEG on the GPU", lambda: jpeg.update({"nvJPEG, with its copy": _jpeg_on_gpu(ours)}))
     found["recorded"] = recorded(ours) if ours.on_gpu else None
     for name in set(ours.rig.variants) - {VARIANT}:
-        ours.registry.unload(name)  # 5 GB each, that diffusers' largest batch may want
+        ours.registry.unload(Weights(name))  # 5 GB each, that diffusers' largest batch may want
     for pixels in sizes:
         table = found["diffusers"].setdefault(str(pixels), {})
         attempt(f"diffusers, {pixels} px", _peer, peer, pixels, batches, left, found["skipped"], table)
@@ -97,7 +94,7 @@ def _ours(ours: Ours, pixels: int, batches: tuple[int, ...], table: dict[str, An
 
 
 def _whole(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixels: int) -> None:
-    ours.forget_prompts()
+    ours.pipeline.forget_prompts()
     ours.draw(variant, asked, seeds, pixels)
 
 
@@ -108,12 +105,6 @@ def _png_ms(ours: Ours, rows: Any, pixels: int) -> float:
 
 def _file(data: bytes, pixels: int, kind: str = "png") -> bytes:
     return encode(data, pixels, pixels, kind, 90, {})
-
-
-def _jpeg_on_gpu(ours: Ours) -> float:
-    """Milliseconds from pixels on the GPU to a file on the host."""
-    pixels = torch.from_numpy(np.array(picture())).cuda()
-    return milliseconds(lambda: ours.pipeline.to_jpeg(pixels, 90), lambda: None)
 
 
 def _copy_ms(ours: Ours, pixels: int) -> float | None:
@@ -129,7 +120,7 @@ def _switch(ours: Ours) -> float:
     for name in ("8step-unet", VARIANT):
         ours.use(name)
     names = iter(("8step-unet", VARIANT) * (REPEATS + 2))
-    return milliseconds(lambda: ours.registry.use(next(names)), ours.synchronize)
+    return milliseconds(lambda: ours.registry.use(Weights(next(names))), ours.synchronize)
 
 
 def _peer(
@@ -144,7 +135,7 @@ def _peer(
         try:
             took = milliseconds(lambda: peer.draw_files(VARIANT, batch, pixels), lambda: None, repeats=3)  # noqa: B023
         except RuntimeError as error:
-            why = "out of memory beside ours" if is_out_of_memory(error) else str(error)[:300]
+            why = "out of memory beside ours" if Gpu.is_out_of_memory(error) else str(error)[:300]
             skipped.append(f"diffusers, {pixels} px, batch {batch}: {why}")
             continue
         table["ms"][f"4 steps, batch {batch}"] = took

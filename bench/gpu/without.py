@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from app.engine.cuda import DECODED
 from bench.gpu.ours import Ours
 from bench.gpu.timing import VARIANT, milliseconds
 from bench.work import prompts
+from models.gpu.prepare import DECODED
 
 
 def without(ours: Ours, pixels: int, batches: tuple[int, ...], found: dict[str, dict[int, float]]) -> None:

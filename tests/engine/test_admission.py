@@ -107,7 +107,7 @@ def simulate(
     senders: int | None = None,
     flood: float = 0.0,
 ) -> Seen:
-    """Poisson arrivals at `load` times the capacity against the real admission and the real scheduler, on a simulated clock.
+    """Poisson arrivals at `load` times the capacity against the real Admission and scheduler, on a simulated clock.
     senders: how many different fingerprints there are; None: as many as clients. flood: as load, of others who never
     come back. Who does comes up to half a second after its time."""
     random.seed(7)

@@ -1,6 +1,5 @@
 """The engine's loop with the real model: faults stay with their row, loads stay out of the way, memory is learned."""
 
-import threading
 import time
 
 import pytest
@@ -12,9 +11,12 @@ from app.engine.jobs import Job
 from app.engine.loop import Loop
 from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Report, Submit
 from models.catalog import CATALOG, Weights
+from models.device import Device, Tier
 from models.pipeline import Pipeline
-from models.registry import Registry, Tier
+from models.registry import Registry
 from models.weights import WeightStore
+from tests.conftest import eventually
+from tests.engine.conftest import running
 
 FAMILY = CATALOG["embedded"]
 COSTS = Costs(step={1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, decode={1: 0.01, 8: 0.02}, encode=0.0, pixels=128 * 128)
@@ -27,7 +29,7 @@ def job(id: int, prompt: str = "a red apple", variant: str = "2step-unet", deadl
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    return Pipeline(WeightStore(FAMILY), "cpu", torch.float32)
+    return Pipeline(WeightStore(FAMILY), Device(), torch.float32)
 
 
 class Sent(list[FromEngine]):
@@ -48,7 +50,7 @@ def pictures(sent: Sent) -> list[torch.Tensor]:
 
 def make_loop(pipeline: Pipeline, *resident: str, directory=None, budgets=(1 << 40,)) -> tuple[Loop, Sent]:
     tiers = [Tier("cpu", budget) for budget in budgets]
-    registry = Registry(WeightStore(FAMILY, directory), "cpu", torch.float32, tiers)
+    registry = Registry(WeightStore(FAMILY, directory), Device(), torch.float32, tiers)
     for name in resident:
         registry.load(Weights(name))
     sent = Sent()
@@ -57,13 +59,8 @@ def make_loop(pipeline: Pipeline, *resident: str, directory=None, budgets=(1 << 
 
 def serve(loop: Loop, sent: Sent, count: int, seconds: float = 120) -> None:
     """Let two workers work until `count` jobs have ended, and leave."""
-    running = threading.Thread(target=loop.run)
-    running.start()
-    end = time.monotonic() + seconds
-    while len(sent.done()) + len(sent.failed()) < count and time.monotonic() < end:
-        time.sleep(0.005)
-    loop.stop()
-    running.join()
+    with running(loop):
+        eventually(lambda: len(sent.done()) + len(sent.failed()) >= count, seconds)
 
 
 def test_a_row_that_fails_fails_alone(pipeline):
@@ -150,7 +147,7 @@ def test_a_flat_picture_is_a_numeric_fault(embedded_copy):
     path = embedded_copy / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     save_file({k: torch.zeros_like(v) if k.startswith("decoder.conv_out") else v for k, v in state.items()}, path)
-    loop, sent = make_loop(Pipeline(WeightStore(FAMILY, embedded_copy), "cpu", torch.float32), "1step-unet")
+    loop, sent = make_loop(Pipeline(WeightStore(FAMILY, embedded_copy), Device(), torch.float32), "1step-unet")
     loop.post(Submit([job(0, variant="1step-unet")]))
     serve(loop, sent, 1)
     assert (sent.done(), sent.failed()) == (set(), {0: "NUMERIC_FAULT"})

@@ -9,9 +9,10 @@ import torch
 
 from models import compiled
 from models.aoti import Broken
-from models.catalog import CATALOG
+from models.catalog import CATALOG, Weights
+from models.device import Device, Tier
 from models.pipeline import Pipeline
-from models.registry import Registry, Tier
+from models.registry import Registry
 from models.weights import WeightStore
 
 STORE = WeightStore(CATALOG["embedded"])
@@ -33,26 +34,25 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> compiled.Recipe:
 
 
 def test_compiled_steps_equal_eager_ones_at_any_batch_and_for_any_weights(recipe):
-    pipeline = Pipeline(STORE, "cpu", torch.float32)
-    eager, fast = (Registry(STORE, "cpu", torch.float32, [Tier("cpu", 1 << 40)]) for _ in range(2))
+    pipeline = Pipeline(STORE, Device(), torch.float32)
+    eager, fast = (Registry(STORE, Device(), torch.float32, [Tier("cpu", 1 << 40)]) for _ in range(2))
     fast.use_compiled(compiled.load_unet(recipe))
     for name in VARIANTS:
-        eager.load(name)
-        fast.load(name)
+        eager.load(Weights(name))
+        fast.load(Weights(name))
     for batch in (1, 3, 16, compiled.LARGEST_BATCH):
         for name in VARIANTS:
-            schedule = eager.schedules[name]
+            schedule = eager.schedule(name, STORE.family.variants[name].steps)
             rows = pipeline.encode([PROMPTS[k % 3] for k in range(batch)])
             latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(batch)])
-            step = torch.arange(batch) % len(schedule.timesteps)
-            ours, theirs = (
-                pipeline.denoise(registry.use(name), schedule, latents, step, rows) for registry in (fast, eager)
-            )
+            steps = [row % len(schedule.timesteps) for row in range(batch)]
+            unets = (registry.use(Weights(name)) for registry in (fast, eager))
+            ours, theirs = (pipeline.denoise(unet, schedule, latents, steps, rows) for unet in unets)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_text_encoders_equal_eager_ones(recipe):
-    eager, fast = Pipeline(STORE, "cpu", torch.float32), Pipeline(STORE, "cpu", torch.float32)
+    eager, fast = Pipeline(STORE, Device(), torch.float32), Pipeline(STORE, Device(), torch.float32)
     fast.text = compiled.load_text(recipe)
     for ours, theirs in zip(fast.encode(PROMPTS), eager.encode(PROMPTS), strict=True):
         torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=1e-4, atol=1e-4)
@@ -60,13 +60,13 @@ def test_compiled_text_encoders_equal_eager_ones(recipe):
 
 
 def test_the_compiled_decoder_draws_what_the_eager_one_draws(recipe):
-    eager, fast = Pipeline(STORE, "cpu", torch.float32), Pipeline(STORE, "cpu", torch.float32)
+    eager, fast = Pipeline(STORE, Device(), torch.float32), Pipeline(STORE, Device(), torch.float32)
     fast.decoder = compiled.load_decoder(recipe)
     for batch in (1, 5):
         latents = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(batch))
         latents[0] = torch.nan
-        (ours, sound), (theirs, _) = fast.decode(list(latents)), eager.decode(list(latents))
-        assert sound.tolist() == [False] + [True] * (batch - 1)
+        (ours, valid), (theirs, _) = fast.decode(list(latents)), eager.decode(list(latents))
+        assert valid.tolist() == [False] + [True] * (batch - 1)
         assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(ours[1:], theirs[1:], strict=True))
 
 
@@ -87,9 +87,9 @@ def test_two_threads_compute_at_the_same_time_and_each_gets_its_own_result(recip
 
 
 def test_weights_and_files_that_do_not_fit_are_refused(recipe, tmp_path: Path):
-    registry = Registry(STORE, "cpu", torch.float32, [Tier("cpu", 1 << 40)])
-    registry.load("4step-unet")
-    weight_set = dict(registry.weight_set("4step-unet"))
+    registry = Registry(STORE, Device(), torch.float32, [Tier("cpu", 1 << 40)])
+    registry.load(Weights("4step-unet"))
+    weight_set = dict(registry.weight_set(Weights("4step-unet")))
     del weight_set["conv_in.weight"]
     with pytest.raises(Broken, match=r"conv_in\.weight"):
         compiled.load_unet(recipe)(weight_set)

@@ -1,32 +1,28 @@
 """fp8: which weights it is for, what a layer makes of its rows, what becomes of pictures, where it is not to be had."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
 from bench.fidelity import psnr
-from models.catalog import CATALOG
-from models.fp8 import FP8, Fp8Linear, NoFp8, is_large, require, scaled
-from models.graphs import Graphed, by_calling
-from models.pipeline import Pipeline, advance
-from models.registry import Registry, Tier, UNet
+from models.catalog import CATALOG, Weights
+from models.device import Device, NoDevice, Tier
+from models.gpu.device import Gpu
+from models.gpu.fp8 import FP8, Fp8Linear, is_large, scaled
+from models.gpu.prepare import use_graphs
+from models.modules import UNet
+from models.pipeline import Pipeline
+from models.registry import Registry
 from models.weights import WeightStore
+from tests.models.gpu_way import GpuWay
 
 STORE = WeightStore(CATALOG["embedded"])
 PROMPTS = ["a red apple on a blue background", "a robot", "pizza, green background"]
 
 
 def draw(pipeline: Pipeline, registry: Registry, name: str) -> torch.Tensor:
-    unet, schedule = registry.use(name), registry.schedules[name]
-    if registry.static:
-        pipeline.steps[unet] = Graphed(partial(advance, unet), by_calling)
-    latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(len(PROMPTS))])
-    conditioning = [pipeline.project(unet, row) for row in pipeline.encode(PROMPTS)]
-    for at in range(len(schedule.timesteps)):
-        latents = pipeline.denoise(unet, schedule, latents, torch.full((len(PROMPTS),), at), conditioning)
-    return pipeline.decode(list(latents))[0]
+    unet, schedule = registry.use(Weights(name)), registry.schedule(name, STORE.family.variants[name].steps)
+    return pipeline.draw(unet, schedule, PROMPTS, range(len(PROMPTS)), 128, 128)[0]
 
 
 def test_the_large_matrices_are_those_of_attention_and_feed_forward():
@@ -50,20 +46,22 @@ def test_a_layer_is_near_the_exact_one_for_rows_of_any_size_and_no_row_depends_o
 
 
 def test_variants_in_fp8_draw_nearly_the_same_pictures_and_are_switched_like_others():
-    pipeline = Pipeline(STORE, "cpu", torch.float32)
-    plain, ours = (Registry(STORE, "cpu", torch.float32, [Tier("cpu", 1 << 40)]) for _ in range(2))
-    ours.static, ours.in_fp8 = True, True
+    pipeline = Pipeline(STORE, Device(), torch.float32)
+    plain = Registry(STORE, Device(), torch.float32, [Tier("cpu", 1 << 40)])
+    unet = GpuWay().make_unet(STORE.config("unet"), torch.float32, in_fp8=True)
+    ours = Registry(STORE, GpuWay(), torch.float32, [Tier("cpu", 1 << 40)], unet)
+    use_graphs(pipeline, ours.unet)
     for name in ("4step-unet", "1step-unet", "2step-lora", "4step-unet"):
         for registry in (plain, ours):
-            registry.load(name)  # after others were in use
+            registry.load(Weights(name))  # after others were in use
         for mine, theirs in zip(draw(pipeline, ours, name), draw(pipeline, plain, name), strict=True):
             assert 30 < psnr(mine.numpy(), theirs.numpy()) < 60  # the gate of bench-gpu; above 60 it would not be fp8
-    large = {key: weight for key, weight in ours.weight_set("4step-unet").items() if weight.dtype is FP8}
+    large = {key: weight for key, weight in ours.weight_set(Weights("4step-unet")).items() if weight.dtype is FP8}
     assert len(large) == sum(isinstance(module, Fp8Linear) for module in ours.unet.modules()) > 20
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_the_setting_is_refused_in_words():
-    for device in ("cpu", "cuda"):
-        with pytest.raises(NoFp8, match="needs a GPU that multiplies fp8"):
-            require(device)
+def test_without_a_gpu_that_multiplies_fp8_the_setting_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    for kind in (Device(), Gpu.__new__(Gpu)):  # without its streams
+        with pytest.raises(NoDevice, match="needs a GPU that multiplies fp8"):
+            kind.make_unet(STORE.config("unet"), torch.float16, in_fp8=True)

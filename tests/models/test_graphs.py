@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.attention import without_masks
-from models.catalog import CATALOG
-from models.graphs import BUCKETS, COMPILE_MODE, Graphed, by_calling, compiled, on_gpu, split
+from models.catalog import CATALOG, Weights
+from models.device import Device, Tier
+from models.gpu.attention import without_masks
+from models.gpu.device import Gpu
+from models.gpu.graphs import BUCKETS, COMPILE_MODE, Graphed, by_calling, compiled, on_gpu, split
 from models.pipeline import Pipeline, advance
-from models.registry import Registry, Tier
+from models.registry import Registry
 from models.weights import WeightStore
+from tests.models.gpu_way import GpuWay
 
 STORE = WeightStore(CATALOG["embedded"])
 PROMPTS = ["a red apple on a blue background", "a robot", "pizza, green background"]
@@ -20,39 +23,37 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def make_registry(static: bool, *names: str) -> Registry:
-    """static: with weights of its own, as on a GPU."""
-    registry = Registry(STORE, "cpu", torch.float32, [Tier("cpu", 1 << 40)])
-    registry.static = static
-    for name in names or ("4step-unet", "1step-unet"):
-        registry.load(name)
+def make_registry(device: Device) -> Registry:
+    registry = Registry(STORE, device, torch.float32, [Tier("cpu", 1 << 40)])
+    for name in ("4step-unet", "1step-unet"):
+        registry.load(Weights(name))
     return registry
 
 
 @pytest.fixture(scope="module")
 def plain() -> Registry:
-    return make_registry(False)
+    return make_registry(Device())
 
 
 @pytest.fixture(scope="module")
 def static() -> Registry:
-    return make_registry(True)
+    return make_registry(GpuWay())
 
 
 @pytest.fixture
 def pipeline() -> Pipeline:
-    return Pipeline(STORE, "cpu", torch.float32)
+    return Pipeline(STORE, Device(), torch.float32)
 
 
 def step_once(pipeline: Pipeline, registry: Registry, name: str, rows: int, project: bool = False) -> Tensor:
     """Rows with seeds, prompts and steps of their own."""
-    unet, schedule = registry.use(name), registry.schedules[name]
+    unet, schedule = registry.use(Weights(name)), registry.schedule(name, STORE.family.variants[name].steps)
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(rows)])
     conditioning = pipeline.encode([PROMPTS[row % 3] for row in range(rows)])
     if project:
         conditioning = [pipeline.project(unet, row) for row in conditioning]
-    step = torch.arange(rows) % len(schedule.timesteps)
-    return pipeline.denoise(unet, schedule, latents, step, conditioning)
+    steps = [row % len(schedule.timesteps) for row in range(rows)]
+    return pipeline.denoise(unet, schedule, latents, steps, conditioning)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_rows_that_no_bucket_is_small_enough_for_are_padded():
 @pytest.mark.parametrize("rows", [1, 3, 7, 9])
 def test_recorded_steps_equal_plain_ones_for_rows_at_different_steps(pipeline, plain, static, rows):
     theirs = step_once(pipeline, plain, "4step-unet", rows)
-    static.use("4step-unet")
+    static.use(Weights("4step-unet"))
     pipeline.steps[static.unet] = Graphed(partial(advance, static.unet), by_calling)
     first = step_once(pipeline, static, "4step-unet", rows)
     again = step_once(pipeline, static, "4step-unet", rows)  # the first call recorded; this one replays
@@ -82,7 +83,7 @@ def test_recorded_steps_equal_plain_ones_for_rows_at_different_steps(pipeline, p
 
 
 def test_one_recording_serves_every_variant_through_weights_that_stay_where_they_are(pipeline, plain, static):
-    static.use("4step-unet")
+    static.use(Weights("4step-unet"))
     graphed = pipeline.steps[static.unet] = Graphed(partial(advance, static.unet), by_calling)
     step_once(pipeline, static, "4step-unet", 2)
     before = {key: tensor.data_ptr() for key, tensor in static.unet.unet.state_dict().items()}
@@ -99,7 +100,7 @@ def test_a_prompt_projected_once_steps_as_one_projected_each_time(pipeline, plai
 
 
 def test_projecting_twice_changes_nothing(pipeline, static):
-    unet = static.use("4step-unet")
+    unet = static.use(Weights("4step-unet"))
     once = pipeline.project(unet, pipeline.encode(PROMPTS[:1])[0])
     assert pipeline.project(unet, once).prompt_embeds is once.prompt_embeds
     assert len(once.prompt_embeds[0]) == len(static.unet.text_weights) > 0
@@ -107,7 +108,7 @@ def test_projecting_twice_changes_nothing(pipeline, static):
 
 def test_text_and_decoder_are_recorded_too(pipeline, plain):
     theirs = pipeline.encode(PROMPTS), pipeline.decode(list(step_once(pipeline, plain, "1step-unet", 3)))
-    recorded = Pipeline(STORE, "cpu", torch.float32)
+    recorded = Pipeline(STORE, Device(), torch.float32)
     recorded.text = Graphed(recorded.text, by_calling)
     recorded.decoder = Graphed(recorded.decoder, by_calling, BUCKETS[:2])
     ours = recorded.encode(PROMPTS), recorded.decode(list(step_once(recorded, plain, "1step-unet", 3)))
@@ -146,7 +147,7 @@ def test_what_cannot_be_recorded_is_called():
 
 def test_a_step_and_a_decode_compile_without_a_break(pipeline, static):
     """Traced by Dynamo as torch.compile would, on the CPU and without Inductor's minutes."""
-    static.use("4step-unet")
+    static.use(Weights("4step-unet"))
     theirs = step_once(pipeline, static, "4step-unet", 2)
     whole = partial(torch.compile, fullgraph=True, dynamic=False, backend="eager")
     pipeline.steps[static.unet] = Graphed(partial(advance, static.unet), by_calling)
@@ -169,23 +170,24 @@ def test_the_compiler_knows_the_options_it_is_given(mode):
 @pytest.mark.parametrize("layer", ["conv_in", "conv_out"])
 def test_a_picture_that_float16_cannot_hold_is_decoded_in_float32(layer):
     """Beyond 65504 behind the first layer it becomes NaN at the next norm; behind the last it is Inf here and there."""
-    half, whole = (Pipeline(STORE, "cpu", dtype) for dtype in (torch.float16, torch.float32))
+    half, whole = (Pipeline(STORE, Device(), dtype) for dtype in (torch.float16, torch.float32))
     for pipeline in (half, whole):
         getattr(pipeline.vae.vae.decoder, layer).weight *= 1e5
     latents = [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     assert half.vae(torch.stack(latents))[1].tolist() == [False] * 3
-    pixels, sound = half.decode(latents)
-    assert sound.tolist() == [True] * 3
+    pixels, valid = half.decode(latents)
+    assert valid.tolist() == [True] * 3
     assert (pixels.int() - whole.decode(latents)[0].int()).abs().float().mean() < 1
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_a_recorded_step_waits_for_nothing_on_the_host():
-    registry = Registry(STORE, "cuda", torch.float16, [Tier("cuda", 1 << 40)])
-    registry.load("4step-unet")
-    pipeline = Pipeline(STORE, "cuda", torch.float16)
-    unet, schedule = registry.use("4step-unet"), registry.schedules["4step-unet"]
+    device = Gpu()
+    registry = Registry(STORE, device, torch.float16, [Tier("cuda", 1 << 40)])
+    registry.load(Weights("4step-unet"))
+    pipeline = Pipeline(STORE, device, torch.float16)
+    unet, schedule = registry.use(Weights("4step-unet")), registry.schedule("4step-unet", 4)
     plain = _step_on_gpu(pipeline, unet, schedule)
     pipeline.steps[unet] = Graphed(partial(advance, unet), on_gpu(-1))
     _step_on_gpu(pipeline, unet, schedule)
@@ -199,12 +201,11 @@ def test_a_recorded_step_waits_for_nothing_on_the_host():
 
 def _step_on_gpu(pipeline: Pipeline, unet, schedule) -> Tensor:
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(3)])
-    step = pipeline.to_device(torch.arange(3))
-    return pipeline.denoise(unet, schedule, latents, step, pipeline.encode(PROMPTS))
+    return pipeline.denoise(unet, schedule, latents, range(3), pipeline.encode(PROMPTS))
 
 
 def test_a_text_encoder_is_causal_without_masks():
-    text, ids = Pipeline(STORE, "cpu", torch.float32).text, torch.arange(48).view(2, 24)
+    text, ids = Pipeline(STORE, Device(), torch.float32).text, torch.arange(48).view(2, 24)
     with torch.inference_mode():
         plain = text(ids, ids)
         for encoder in (text.first, text.second):

@@ -7,8 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.catalog import Weights
+from models.device import Device, Tier
+from models.modules import UNetFunction
 from models.pipeline import Pipeline
-from models.registry import Registry, Tier
+from models.registry import Registry
+from models.schedule import Schedule
 from models.weights import WeightStore
 from tests.models import oracle
 
@@ -19,34 +23,34 @@ LATENTS = {"rtol": 0, "atol": 1e-4}
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    return Pipeline(WeightStore(oracle.FAMILY), "cpu", torch.float32)
+    return Pipeline(WeightStore(oracle.FAMILY), Device(), torch.float32)
 
 
 @pytest.fixture(scope="module")
 def registry() -> Registry:
-    registry = Registry(WeightStore(oracle.FAMILY), "cpu", torch.float32, [Tier("cpu", 1 << 40)])
+    registry = Registry(WeightStore(oracle.FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)])
     for name in VARIANTS:
-        registry.load(name)
+        registry.load(Weights(name))
     return registry
 
 
 def draw(pipeline: Pipeline, registry: Registry, name: str, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    unet, schedule = registry.use(name), registry.schedules[name]
-    latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in seeds])
-    conditioning = pipeline.encode(prompts)
-    for step in range(len(schedule.timesteps)):
-        latents = pipeline.denoise(unet, schedule, latents, torch.full((len(seeds),), step), conditioning)
-    return latents
+    """Latents after the last step."""
+    return pipeline.sample(*parts(registry, name), prompts, seeds, 128, 128)
+
+
+def parts(registry: Registry, name: str) -> tuple[UNetFunction, Schedule]:
+    return registry.use(Weights(name)), registry.schedule(name, oracle.FAMILY.variants[name].steps)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_picture_alone_has_diffusers_latents_and_pixels(pipeline, registry, name):
     latents = draw(pipeline, registry, name, [PROMPTS[0]], [7])
     torch.testing.assert_close(latents[0], oracle.draw(name, PROMPTS[0], 7), **LATENTS)
-    pixels, sound = pipeline.decode(list(latents))
+    pixels, valid = pipeline.draw(*parts(registry, name), [PROMPTS[0]], [7], 128, 128)
     theirs = (oracle.draw(name, PROMPTS[0], 7, "np") * 255).round().int()
     assert (pixels[0].int() - theirs).abs().max() <= 1
-    assert sound.all()
+    assert valid.all()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -60,7 +64,7 @@ def test_a_batch_of_different_prompts_and_seeds_has_the_latents_of_each_alone(pi
 @pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("1step")])
 def test_rows_that_join_and_leave_at_different_steps_have_the_latents_of_each_alone(pipeline, registry, name):
     """Row k joins at call k and leaves when it is done, so that the batch's rows stand at different steps."""
-    unet, schedule = registry.use(name), registry.schedules[name]
+    unet, schedule = parts(registry, name)
     steps, seeds = len(schedule.timesteps), (7, 0, 3)
     rows = [pipeline.noise(seed, 128, 128, schedule) for seed in seeds]
     conditioning = pipeline.encode(PROMPTS[:3])
@@ -70,7 +74,7 @@ def test_rows_that_join_and_leave_at_different_steps_have_the_latents_of_each_al
             unet,
             schedule,
             torch.stack([rows[k] for k, _ in at]),
-            torch.tensor([step for _, step in at]),
+            [step for _, step in at],
             [conditioning[k] for k, _ in at],
         )
         for (k, _), latents in zip(at, moved, strict=True):
@@ -99,16 +103,16 @@ def test_prompts_are_cached_within_bounds(pipeline, monkeypatch):
     assert pipeline.encode(["one"])[0] is not first
 
 
-def test_a_picture_of_undefined_or_flat_pixels_is_found_unsound(pipeline, registry):
+def test_a_picture_of_undefined_or_flat_pixels_is_found_invalid(pipeline, registry):
     good = draw(pipeline, registry, "4step-unet", PROMPTS[:1], [7])
-    _, sound = pipeline.decode([good[0], torch.full_like(good[0], torch.nan)])
-    assert sound.tolist() == [True, False]
+    _, valid = pipeline.decode([good[0], torch.full_like(good[0], torch.nan)])
+    assert valid.tolist() == [True, False]
 
 
 def test_text_encoders_with_the_released_files_older_names_load_alike(pipeline, embedded_copy):
     path = embedded_copy / "text_encoder" / "model.safetensors"
     state = load_file(path)
     save_file({f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in state.items()}, path)
-    other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), "cpu", torch.float32)
+    other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
     ours, theirs = (each.encode([PROMPTS[0]])[0] for each in (pipeline, other))
     torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.catalog import CATALOG
-from models.registry import OverBudget, Registry, Tier
+from models.catalog import CATALOG, Weights
+from models.device import Device, Tier
+from models.registry import OverBudget, Registry
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 FAMILY = CATALOG["embedded"]
@@ -19,7 +20,7 @@ ONE_SET = (
 
 def make_registry(budgets: list[float], directory=None) -> Registry:
     tiers = [Tier("cpu", int(sets * ONE_SET) + 1) for sets in budgets]
-    return Registry(WeightStore(FAMILY, directory), "cpu", torch.float32, tiers)
+    return Registry(WeightStore(FAMILY, directory), Device(), torch.float32, tiers)
 
 
 def states(registry: Registry) -> dict[str, str]:
@@ -28,20 +29,20 @@ def states(registry: Registry) -> dict[str, str]:
 
 def test_a_variant_is_resident_once_loaded_and_gone_once_unloaded():
     registry = make_registry([4])
-    registry.load("4step-unet")
+    registry.load(Weights("4step-unet"))
     assert states(registry)["4step-unet"] == "resident"
-    registry.unload("4step-unet")
+    registry.unload(Weights("4step-unet"))
     assert states(registry)["4step-unet"] == "on disk"
     with pytest.raises(KeyError):
-        registry.use("4step-unet")
+        registry.use(Weights("4step-unet"))
 
 
 def test_the_least_recently_used_set_leaves_when_the_budget_is_full():
     registry = make_registry([2])
-    registry.load("1step-unet")
-    registry.load("2step-unet")
-    registry.use("1step-unet")
-    registry.load("4step-unet")
+    registry.load(Weights("1step-unet"))
+    registry.load(Weights("2step-unet"))
+    registry.use(Weights("1step-unet"))
+    registry.load(Weights("4step-unet"))
     resident = {name for name, state in states(registry).items() if state == "resident"}
     assert resident == {"1step-unet", "4step-unet"}
 
@@ -49,37 +50,37 @@ def test_the_least_recently_used_set_leaves_when_the_budget_is_full():
 def test_what_the_first_tier_displaces_moves_to_the_next():
     registry = make_registry([1, 1])
     for name in ("1step-unet", "2step-unet", "4step-unet"):
-        registry.load(name)
+        registry.load(Weights(name))
     resident = {name for name, state in states(registry).items() if state == "resident"}
     assert resident == {"2step-unet", "4step-unet"}
 
 
 def test_a_set_larger_than_every_budget_is_refused_with_the_budgets():
     with pytest.raises(OverBudget, match="GiB on cpu"):
-        make_registry([0.5]).load("4step-unet")
+        make_registry([0.5]).load(Weights("4step-unet"))
 
 
 def test_switches_are_counted_only_when_the_active_variant_changes():
     registry = make_registry([3])
-    registry.load("1step-unet")
-    registry.load("2step-unet")
+    registry.load(Weights("1step-unet"))
+    registry.load(Weights("2step-unet"))
     for name in ("1step-unet", "1step-unet", "2step-unet", "1step-unet"):
-        registry.use(name)
+        registry.use(Weights(name))
     assert registry.switches == 3
 
 
 def test_unloading_and_evicting_in_the_middle_of_loads_leaves_the_registry_whole():
     registry = make_registry([1, 1])
-    registry.load("1step-unet")
+    registry.load(Weights("1step-unet"))
     with ThreadPoolExecutor(3) as pool:
         loads = [pool.submit(registry.load, name) for name in ("4step-lora", "2step-unet", "2step-lora")]
         while not all(load.done() for load in loads):
             for name in ("1step-unet", "4step-lora", "2step-unet"):
-                registry.unload(name)
+                registry.unload(Weights(name))
             time.sleep(0.01)
     assert [load.result() for load in loads] == [None] * 3
-    registry.load("4step-unet")
-    registry.use("4step-unet")
+    registry.load(Weights("4step-unet"))
+    registry.use(Weights("4step-unet"))
     assert "loading" not in states(registry).values()
     assert sum(row.resident_bytes for row in registry.status()) <= 2 * ONE_SET + 2
 
@@ -115,14 +116,14 @@ def damage_remove(path):
 )
 def test_a_load_that_fails_says_why_and_leaves_the_others_serving(embedded_copy, damage, error):
     registry = make_registry([8], embedded_copy)
-    registry.load("4step-unet")
+    registry.load(Weights("4step-unet"))
     damage(embedded_copy / FAMILY.variants["8step-unet"].file)
     with pytest.raises(error, match="sdxl_lightning_8step_unet"):
-        registry.load("8step-unet")
+        registry.load(Weights("8step-unet"))
     broken = next(row for row in registry.status() if row.name == "8step-unet")
     assert broken.state == "failed"
     assert "sdxl_lightning_8step_unet" in broken.reason
-    registry.use("4step-unet")
+    registry.use(Weights("4step-unet"))
 
 
 def test_a_lora_that_is_none_is_refused(embedded_copy):
@@ -130,7 +131,7 @@ def test_a_lora_that_is_none_is_refused(embedded_copy):
         {"lora_unet_nonsense.lora_down.weight": torch.zeros(4, 4)}, embedded_copy / FAMILY.variants["4step-lora"].file
     )
     with pytest.raises(BadWeights, match="4step_lora"):
-        make_registry([8], embedded_copy).load("4step-lora")
+        make_registry([8], embedded_copy).load(Weights("4step-lora"))
 
 
 def test_a_failed_variant_loads_once_its_file_is_right(embedded_copy):
@@ -139,7 +140,7 @@ def test_a_failed_variant_loads_once_its_file_is_right(embedded_copy):
     path.write_bytes(good[:100])
     registry = make_registry([8], embedded_copy)
     with pytest.raises(BadWeights):
-        registry.load("8step-unet")
+        registry.load(Weights("8step-unet"))
     path.write_bytes(good)
-    registry.load("8step-unet")
+    registry.load(Weights("8step-unet"))
     assert states(registry)["8step-unet"] == "resident"

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from models.catalog import CATALOG, read_catalog
+from models.catalog import CATALOG, Weights, read_catalog
+from models.device import Device, Tier
+from models.registry import Registry
 from models.weights import BadWeights, MissingWeights, WeightStore, check_header, read
 
 SMALL = save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)})
@@ -94,11 +96,10 @@ def test_a_model_with_a_foreign_class_in_its_index_runs_no_foreign_code(embedded
     index.write_text(json.dumps({"_class_name": "Evil", "unet": ["os", "system"]}))
     config = json.loads((embedded_copy / "unet" / "config.json").read_text())
     (embedded_copy / "unet" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
-    assert WeightStore(CATALOG["embedded"], embedded_copy).config("unet")["auto_map"]  # seen, and ignored below
-    from models.registry import Registry, Tier
-
-    registry = Registry(WeightStore(CATALOG["embedded"], embedded_copy), "cpu", torch.float32, [Tier("cpu", 1 << 40)])
-    registry.load("4step-unet")
+    store = WeightStore(CATALOG["embedded"], embedded_copy)
+    assert store.config("unet")["auto_map"]  # seen, and ignored below
+    registry = Registry(store, Device(), torch.float32, [Tier("cpu", 1 << 40)])
+    registry.load(Weights("4step-unet"))
     assert type(registry.unet.unet).__name__ == "UNet2DConditionModel"
 
 

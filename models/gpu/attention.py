@@ -39,7 +39,8 @@ class TextAttention:
             )
         )
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+        projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
+        return projected
 
 
 def share_text_weights(unet: nn.Module) -> Tensor:

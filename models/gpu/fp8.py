@@ -13,10 +13,6 @@ LARGEST = 448.0  # that it holds
 ALIGNED = 16  # what both sides of a matrix must be multiples of, for the tensor cores
 
 
-class NoFp8(Exception):
-    """fp8 was asked for and is not to be had; the text says why."""
-
-
 class Fp8Linear(nn.Module):
     """A linear layer whose weights have a scale a column of its output. What comes in is scaled by row at each call, so
     that no row of a batch depends on another. The values of the weights are left undefined."""
@@ -32,7 +28,7 @@ class Fp8Linear(nn.Module):
         rows, scale = scaled(x.flatten(0, -2))
         # Not F.scaled_mm: torch 2.11's compiler knows no way but this one to compute it, and may fuse what is around.
         product = torch._scaled_mm(rows, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16)
-        out = product.to(x.dtype).unflatten(0, x.shape[:-1])
+        out: Tensor = product.to(x.dtype).unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
 
 
@@ -64,9 +60,3 @@ def replace_large(unet: nn.Module) -> None:
     for name, module in list(unet.named_modules()):
         if isinstance(module, nn.Linear) and is_large(f"{name}.weight", module.weight):
             unet.set_submodule(name, Fp8Linear(module))
-
-
-def require(device: str) -> None:
-    """Raises NoFp8 unless the device multiplies fp8."""
-    if device != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise NoFp8("FP8=1 needs a GPU that multiplies fp8 (compute capability 8.9 or higher)")

@@ -1,0 +1,98 @@
+"""From a configuration to a model in memory: the one assembly, of the server, the command line and the benchmarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from app.engine.cores import usable_cores
+from app.engine.costs import Costs
+from app.engine.messages import EngineConfig
+from app.engine.warmup import measure
+from app.logs import say
+from models.catalog import CATALOG, Family, Weights
+from models.device import Device, NoDevice
+from models.gpu.device import Gpu
+from models.pipeline import Pipeline
+from models.registry import OverBudget, Registry
+from models.weights import BadWeights, MissingWeights, WeightStore
+
+DEFAULT_VARIANT = "4step-unet"
+WORKERS = 2  # calls at a time. CPU: of half the threads each. GPU: one steps, one decodes
+CANNOT_OPEN = (MissingWeights, BadWeights, OverBudget, NoDevice, torch.OutOfMemoryError)  # each says why, in words
+
+
+@dataclass(frozen=True)
+class Model:
+    """What serves. workers: threads that make calls. batches: the sizes that are worth measuring, 1, 2, 4, ..."""
+
+    pipeline: Pipeline
+    registry: Registry
+    workers: int
+    batches: tuple[int, ...]
+
+    @property
+    def device(self) -> Device:
+        """Where it computes."""
+        return self.pipeline.device
+
+    @property
+    def dtype(self) -> str:
+        """As torch names it."""
+        return str(self.pipeline.dtype).removeprefix("torch.")
+
+    @property
+    def store(self) -> WeightStore:
+        """Its files."""
+        return self.registry.store
+
+    @property
+    def family(self) -> Family:
+        """What can be drawn."""
+        return self.store.family
+
+    def measure(self, batches: Sequence[int]) -> Costs:
+        """What a step and a decode of these sizes take now."""
+        return measure(self.pipeline, self.registry, batches, self.workers)
+
+
+def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
+    """Load everything that is there before the first request. Raises one of CANNOT_OPEN."""
+    # The only place that asks what kind of device there is.
+    on_gpu = torch.cuda.is_available() if config.device is None else config.device == "cuda"
+    device = Gpu(Path(config.cache)) if on_gpu else Device()
+    threads = config.threads or usable_cores()
+    workers = min(workers, threads) if device.steps_at_a_time is None else workers
+    torch.set_num_threads(max(1, threads // workers))  # of each worker thread
+    dtype: torch.dtype = device.default_dtype if config.dtype is None else getattr(torch, config.dtype)
+    store = _find_store(config, device)
+    preload = choose_preload(store) if config.preload is None else config.preload
+    if unknown := set(preload) - set(store.family.variants):
+        raise MissingWeights(f"no such variant: {', '.join(unknown)}; there are {', '.join(store.family.variants)}")
+    pipeline = Pipeline(store, device, dtype)
+    unet = device.make_unet(store.config("unet"), dtype, config.fp8)
+    registry = Registry(store, device, dtype, device.tiers(config.host_budget, config.device_budget), unet)
+    for name in preload:
+        registry.load(Weights(name))
+    say("weights loaded", variants=[row.name for row in registry.status() if row.state == "resident"])
+    largest = config.max_batch or device.max_batch
+    return Model(pipeline, registry, workers, tuple(1 << power for power in range(largest.bit_length())))
+
+
+def choose_preload(store: WeightStore) -> list[str]:
+    """What is loaded before the first request: all that is here of the small model; of SDXL one variant, the default if
+    it is here, or if none is and it must be fetched."""
+    here = store.variants_here()
+    if store.family.name == "embedded" and here:
+        return here
+    return [DEFAULT_VARIANT] if DEFAULT_VARIANT in here or not here else here[:1]
+
+
+def _find_store(config: EngineConfig, device: Device) -> WeightStore:
+    """SDXL's where it is asked for, or where the device is fast and its weights are here; else the embedded model's."""
+    directory = Path(config.directory) if config.directory else None
+    if config.model is not None:
+        return WeightStore(CATALOG[config.model], directory)
+    sdxl = WeightStore(CATALOG["sdxl"], directory)
+    return sdxl if device.is_fast and sdxl.is_complete() else WeightStore(CATALOG["embedded"], directory)

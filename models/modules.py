@@ -1,0 +1,115 @@
+"""The nn modules of a family: text encoders, decoder, UNet; and how the first two get their weights."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from models import weights
+
+WeightSet = dict[str, Tensor]
+# UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
+UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+FLAT = 1 / 255  # a picture whose pixels deviate less than this is black or blank: a numeric fault, not a picture
+
+
+class TextEncoders(nn.Module):
+    """CLIP ViT-L and OpenCLIP bigG (or their miniatures), as diffusers' SDXL pipeline uses them."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        """ids, ids_2: (B, L) int64. Returns prompt_embeds (B, L, C) and pooled (B, P)."""
+        one = self.first(ids, output_hidden_states=True)
+        two = self.second(ids_2, output_hidden_states=True)
+        # "2" because SDXL reads the penultimate layer (SDXL report, sec. 2.1).
+        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds
+
+
+class Decoder(nn.Module):
+    """The VAE's decoder with the way to bytes behind it, so that only bytes leave the device."""
+
+    def __init__(self, vae: Any, scaling_factor: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae, self.scaling_factor, self.dtype = vae, scaling_factor, dtype
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents: (B, 4, h, w) float32. Returns pictures (B, 8h, 8w, 3) uint8, and (B,) bool: is it valid, that is
+        neither flat nor anywhere NaN or Inf?"""
+        latents = latents / self.scaling_factor  # 0.13025 for SDXL, from vae/config.json
+        raw = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+        pixels = (raw / 2 + 0.5).clamp(0, 1)
+        valid = (pixels.flatten(1).std(dim=1) >= FLAT) & raw.isfinite().flatten(1).all(dim=1)
+        return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), valid
+
+    def in_float32(self) -> "Decoder":
+        """A copy that computes in float32: 0.3 GB for SDXL."""
+        return Decoder(copy.deepcopy(self.vae).float(), self.scaling_factor, torch.float32)
+
+
+class UNet(nn.Module):
+    """diffusers' UNet with plain tensor arguments, so that it can be exported and captured."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        with init_empty_weights():
+            self.unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+
+    def forward(self, latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        """Shapes as in UNetFunction; embeds may be project(embeds)."""
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        out: Tensor = self.unet(latents, timestep, self.project(embeds), added_cond_kwargs=added, return_dict=False)[0]
+        return out
+
+    def project(self, embeds: Tensor) -> Tensor:
+        """Embeddings of prompts as this UNet reads them fastest, made once per request."""
+        return embeds
+
+    def packed(self, weight_set: WeightSet) -> WeightSet:
+        """A weight set as take() wants it."""
+        return weight_set
+
+    @torch.inference_mode()
+    def take(self, weight_set: WeightSet) -> None:
+        """Compute with this weight set from now on, where it lies."""
+        self.unet.load_state_dict(weight_set, strict=True, assign=True)
+
+
+def load_text_encoders(store: weights.WeightStore, place: str, dtype: torch.dtype) -> TextEncoders:
+    """Both text encoders with their weights, on a device. Raises MissingWeights, BadWeights."""
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    configs = {part: CLIPTextConfig.from_dict(store.config(part)) for part in kinds}
+    return TextEncoders(
+        *(_filled(lambda: kind(configs[part]), store, part, place, dtype) for part, kind in kinds.items())  # noqa: B023
+    )
+
+
+def load_decoder(store: weights.WeightStore, place: str, dtype: torch.dtype) -> Decoder:
+    """The decoder with its weights, on a device. Raises MissingWeights, BadWeights."""
+    config = store.config("vae")
+    vae = _filled(lambda: AutoencoderKL.from_config(config), store, "vae", place, dtype)
+    return Decoder(vae, config["scaling_factor"], dtype)
+
+
+def _filled(
+    make: Callable[[], nn.Module], store: weights.WeightStore, part: str, place: str, dtype: torch.dtype
+) -> nn.Module:
+    state = weights.read(store.component_file(part), place)
+    with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
+        module = make()
+    state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
+    if not any(key.startswith("text_model.") for key in module.state_dict()):
+        # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
+        state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+    weights.check_fit(module.state_dict(), state, part)
+    module.load_state_dict(state, strict=True, assign=True)
+    module = module.to(place, dtype).eval().requires_grad_(False)
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
