@@ -57,19 +57,23 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/it"; exit 1; }
 	@$(PYTHON) -m venv .venv
 
+# A CPU computes with OpenVINO; where there is a GPU it is not needed.
+EXTRA := $(if $(shell command -v nvidia-smi),,[cpu])
 .venv/served: .venv/bin/python requirements.lock pyproject.toml
-	@$(PIP) install --constraint requirements.lock --editable .
+	@$(PIP) install --constraint requirements.lock --editable '.$(EXTRA)'
 	@touch $@
 
 .venv/developed: .venv/served
-	@$(PIP) install --constraint requirements.lock --editable '.[distill,bench,dev]'
+	@$(PIP) install --constraint requirements.lock --editable '.[cpu,distill,bench,dev]'
 	@touch $@
 
 # What tests and training need from the system: the emoji font, a browser, promtool.
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+SYSTEM := fonts-noto-color-emoji chromium prometheus
 .PHONY: system-packages
 system-packages:
 	@if [ ! -e $(FONT) ] || ! command -v chromium >/dev/null || ! command -v promtool >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -y -qq --no-install-recommends fonts-noto-color-emoji chromium prometheus >/dev/null; \
-	  else echo "Please install Noto Color Emoji, chromium and promtool (Debian: apt-get install fonts-noto-color-emoji chromium prometheus); tests that need them fail without."; fi; fi
+	    echo "Installing from Debian, for the tests: $(SYSTEM)"; \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SYSTEM) >/dev/null; \
+	  else echo "Not installed, since that needs root and apt-get: $(SYSTEM). Tests that need them are skipped."; fi; fi

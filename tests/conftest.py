@@ -147,6 +147,15 @@ def embedded_copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(EMBEDDED, tmp_path / "embedded"))
 
 
+def needed(what: str, package: str) -> str:
+    """The path of a program or file that a test needs. Where it is missing the test is skipped; in CI it fails."""
+    found = shutil.which(what) or (what if Path(what).exists() else None)
+    if found is None:
+        reason = f"{what} is not installed (Debian: apt-get install {package})"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    return found
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:
     """Whether the condition comes true in time."""
     end = time.monotonic() + seconds

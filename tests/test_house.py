@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def test_one_kind_of_device_is_nobodys_business_but_its_own_rooms():
 def test_no_file_is_longer_than_a_reader_can_hold():
     for path in sources("app", "models", "distill", "bench"):
         assert len(path.read_text().splitlines()) <= 320, path
+
+
+def test_what_is_allowed_is_what_was_tested():
+    """The lowest version of each dependency is the lock's, but for what a GPU machine brings along."""
+    pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().lower().replace("_", "-").split())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    floors = dict(re.split(">=|;", each)[:2] for group in groups for each in group)
+    assert {name for name, floor in floors.items() if pins[name] != floor} == {"torch", "transformers"}
 
 
 def test_nothing_that_serves_can_run_a_pickle_or_remote_code():

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from distill import distill, teacher, toy
+from distill import data, distill, teacher, toy
+from tests.conftest import needed
+
+
+@pytest.fixture(autouse=True, scope="session")
+def emoji_font() -> str:
+    """What every picture is rendered from."""
+    return needed(data.FONT, "fonts-noto-color-emoji")
+
 
 SIZES = teacher.Sizes(
     vae_steps=2, vae_crop_steps=2, decoder_steps=2, steps=2, batch=4, jitters=1, every=100, compiled=False, **toy.SMALL

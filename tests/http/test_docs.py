@@ -1,13 +1,12 @@
 """/docs in a real browser, with no network but the server's own port."""
 
-import shutil
-
 from playwright.async_api import async_playwright
+
+from tests.conftest import needed
 
 
 async def test_the_docs_page_works_offline_and_sends_a_request(server):
-    chromium = shutil.which("chromium")
-    assert chromium, "install chromium, as `make test` does"
+    chromium = needed("chromium", "chromium")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

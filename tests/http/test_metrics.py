@@ -1,17 +1,15 @@
 """/metrics in the eyes of Prometheus' own tool."""
 
-import shutil
 import subprocess
 
 import httpx
 
-from tests.conftest import eventually
+from tests.conftest import eventually, needed
 
 
 def test_promtool_finds_nothing_to_complain_about(server):
     server.generate()
-    promtool = shutil.which("promtool")
-    assert promtool, "install promtool (Debian: apt-get install prometheus), as `make test` does"
+    promtool = needed("promtool", "prometheus")
     text = httpx.get(f"{server.url}/metrics").content
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
