@@ -34,6 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("sdxl-lightning-server"),
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a redirected POST would lose the proxy's path, and its body with some clients
         generate_unique_id_function=_plain_name,
     )
     deps.install(app, deps.Parts(fleet, settings, metrics))

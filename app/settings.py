@@ -75,6 +75,7 @@ class Settings(EngineSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    root_path: str = Field("", description="the path under which a proxy shows this server, e.g. /sdxl")
     queue_limit: int = Field(256, ge=1, le=100_000, description="pictures accepted and not finished; more get a 429")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")

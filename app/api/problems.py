@@ -66,7 +66,7 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     field = first.get("ctx", {}).get("field", field)
     message = str(first["msg"])
     if first["type"] == "json_invalid":
-        field, message = None, "the body is not valid JSON"
+        field, message = None, f"the body is not valid JSON: {first['ctx']['error']}"
     return respond(request, Problem(errors.INVALID, f"{field}: {message}" if field else message, field))
 
 

@@ -1,12 +1,17 @@
-"""What a route takes of a request's body: its type, its size, and the time it has to arrive."""
+"""What a route takes of a request's body: its type, its size, the time it has to arrive, and one way to read it."""
 
 import asyncio
+import json
 import re
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app import errors
@@ -25,20 +30,30 @@ class DrawingRoute(APIRoute):
     body_limit = BODY_LIMIT
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the request, and pass it on with a receive() that keeps the limits."""
+        """Count the request, judge it by its head, and pass it on with a receive() that keeps the limits."""
         if scope["method"] in (self.methods or ()):
             count(scope)
+            headers = Headers(scope=scope)
+            _check_type(headers)
+            if int(headers.get("content-length", 0)) > self.body_limit:
+                raise self._too_large()
             receive = self._limited(scope, receive)
         await super().handle(scope, receive, send)
 
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The web framework's, with our way to read JSON."""
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(StrictRequest(request.scope, request.receive))
+
+        return strict
+
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        headers, end = Headers(scope=scope), time.monotonic() + RECEIVE_S
-        read, is_whole, state = 0, False, scope["state"]
+        read, is_whole, state, end = 0, False, scope["state"], time.monotonic() + RECEIVE_S
 
         async def limited() -> Message:
             nonlocal read, is_whole
-            if read == 0:
-                _check_type(headers)
             try:
                 async with asyncio.timeout(None if is_whole else max(0.0, end - time.monotonic())):
                     message = await receive()
@@ -47,13 +62,39 @@ class DrawingRoute(APIRoute):
             read += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if read > self.body_limit:
-                detail = f"the body is larger than the limit of {self.body_limit} bytes"
-                raise _refusal(errors.BODY_TOO_LARGE, detail)
+                raise self._too_large()
             if message["type"] == "http.disconnect" and not state.get("status"):
                 state["client_left"] = True
             return message
 
         return limited
+
+    def _too_large(self) -> HTTPException:
+        return _refusal(errors.BODY_TOO_LARGE, f"the body is larger than the limit of {self.body_limit} bytes")
+
+
+class StrictRequest(Request):
+    """A request whose JSON has one meaning: UTF-8 (a byte order mark is skipped), and no key twice."""
+
+    async def json(self) -> Any:
+        """Raises json.JSONDecodeError, whose message says why."""
+        try:
+            return json.loads((await self.body()).decode("utf-8-sig"), object_pairs_hook=_once)
+        except UnicodeDecodeError:
+            raise json.JSONDecodeError("it is not UTF-8", "", 0) from None
+        except RecursionError:
+            raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # a number of thousands of digits
+            raise json.JSONDecodeError(str(error).split(";")[0], "", 0) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise json.JSONDecodeError("it holds a key twice", "", 0)
+    return found
 
 
 def _check_type(headers: Headers) -> None:

@@ -1,11 +1,12 @@
-"""uvicorn's HTTP/1.1 protocol with the limits it lacks: on how long and how large a request's head may be, and on how
-long a whole request may take to arrive. A client that pipelines is seen to leave, too."""
+"""uvicorn's HTTP/1.1 protocol, stricter: limits on how large a head may be and how long a request may take to arrive,
+one reading of where a body ends, and an end of a connection that lets the client read why."""
 
 import asyncio
 import json
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app import errors
@@ -13,7 +14,23 @@ from app.errors import MEDIA_TYPE, Problem, document
 
 RECEIVE_S = 10.0  # for a request to arrive, from its first byte (or the connection's start) to its last
 HEAD_LIMIT = 32 << 10  # bytes of a request that are not its body: line, headers, framing of chunks, trailers
+UNREAD_LIMIT = 64 << 20  # bytes that a client may still send behind its answer, so that it comes to read it
 PIPELINED = 8  # requests that may wait behind one in work while we go on reading
+OFFERS = (b"upgrade", b"http2-settings")  # headers of another protocol, which we do not take up (RFC 9110, 7.8)
+
+
+class GentleTransport:
+    """A transport whose end is the protocol's to time."""
+
+    def __init__(self, protocol: "Protocol") -> None:
+        self._protocol = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._protocol.transport, name)
+
+    def close(self) -> None:
+        """Close when the client has sent what it is sending."""
+        self._protocol.close_gently()
 
 
 class Protocol(HttpToolsProtocol):
@@ -21,7 +38,10 @@ class Protocol(HttpToolsProtocol):
 
     _deadline: asyncio.TimerHandle | None = None
     _working: RequestResponseCycle | None = None
+    _fault: Problem | None = None
+    _is_ending = False
     _head = 0
+    _unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
@@ -41,39 +61,100 @@ class Protocol(HttpToolsProtocol):
         if self._deadline is None:
             self._deadline = self.loop.call_later(RECEIVE_S, self._too_slow)
         self._head += len(data)  # on_body takes the body's off again
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._head > HEAD_LIMIT:
             self.send_400_response("")
 
     def on_headers_complete(self) -> None:
-        """The head is whole: hand the request on, unless it is too large; the parser turns the error into a refusal.
-        A header costs four bytes besides its name and value."""
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > HEAD_LIMIT:
-            self._head = size
-            raise ValueError("the head is too large")
+        """The head is whole: hand the request on, or refuse it; the parser turns the error into a refusal."""
+        if self.parser.should_upgrade():
+            return  # the same head comes again, without the offer
+        self._fault = self._fault_of_head()
+        if self._fault is not None:
+            raise ValueError(self._fault.detail)
         super().on_headers_complete()
+        self.cycle.transport = GentleTransport(self)  # type: ignore[assignment]
+        if getattr(self.server_state, "draining", False):
+            self.cycle.keep_alive = False
         if 0 < len(self.pipeline) <= PIPELINED:
             self.flow.resume_reading()  # else nobody would hear of the client's leaving
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body."""
+        """A part of the body. What comes behind the answer is thrown away, up to a limit."""
         self._head -= len(body)
+        if self.cycle.response_complete:
+            self._unread += len(body)
+            if self._unread > UNREAD_LIMIT:
+                self.transport.close()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request has arrived."""
+        if self.parser.should_upgrade():
+            return
         self._arrived()
-        self._head = 0
+        self._head = self._unread = 0
         super().on_message_complete()
+        if self._is_ending:
+            self.transport.close()
+
+    def close_gently(self) -> None:
+        """End the connection: at once, or when the client has sent the rest of its request; it may read only then."""
+        if self._deadline is None:
+            self.transport.close()
+            return
+        self._is_ending = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, or has too large a head."""
         if self._head > HEAD_LIMIT:
-            detail = f"the headers are over the limit of {HEAD_LIMIT} bytes"
-            self._refuse(Problem(errors.HEADER_TOO_LARGE, detail))
-        else:
-            self._refuse(Problem(errors.BAD_REQUEST, "this is no HTTP/1.1 request"))
+            self._fault = _too_large()
+        self._refuse(self._fault or Problem(errors.BAD_REQUEST, "this is no HTTP/1.1 request"))
+
+    def _feed(self, data: bytes) -> None:
+        """Parse. A request that offers another protocol is read as if it did not: where its body ends must not depend
+        on a header that we do not honour, and the parser would take the body for the other protocol's."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                if self.parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError from None
+                data = self._head_without_offer() + data[offer.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+            else:
+                return
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token for token in value.split(b",") if token.strip().lower() not in OFFERS]
+                lines.append(b"connection: " + b",".join(tokens))
+            elif name not in OFFERS:
+                lines.append(name + b": " + value)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _fault_of_head(self) -> Problem | None:
+        """What is wrong with a head. A header costs four bytes besides its name and value."""
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_LIMIT:
+            return _too_large()
+        version = self.parser.get_http_version()
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if version not in ("1.0", "1.1"):
+            return Problem(errors.BAD_REQUEST, f"HTTP/{version} is not served here: HTTP/1.1 is")
+        if hosts > 1 or (hosts == 0 and version == "1.1"):  # RFC 9112, 3.2
+            return Problem(errors.BAD_REQUEST, f"a request has one Host header, not {hosts}")
+        if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers):
+            return Problem(errors.BAD_REQUEST, "chunked is the only transfer-encoding that is understood")
+        return None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
@@ -100,3 +181,7 @@ class Protocol(HttpToolsProtocol):
             head = f"HTTP/1.1 {status} {status.phrase}\r\nconnection: close\r\ncontent-type: {MEDIA_TYPE}\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+def _too_large() -> Problem:
+    return Problem(errors.HEADER_TOO_LARGE, f"the headers are over the limit of {HEAD_LIMIT} bytes")

@@ -1,4 +1,5 @@
-"""uvicorn, with a drain: after SIGTERM or SIGINT accepted requests finish, and new ones are told to go elsewhere."""
+"""uvicorn, with a drain: after SIGTERM, SIGINT or SIGHUP accepted requests finish, and new ones are told to go
+elsewhere."""
 
 import logging
 import signal
@@ -14,7 +15,7 @@ from app.settings import Settings
 
 log = logging.getLogger("app.server")
 
-SECOND_S = 1.0  # make and a terminal both signal the group: two signals within this time are one
+SECOND_S = 0.5  # make and a terminal both signal the group: two signals within this time are one
 KEEP_ALIVE_S = 75  # above the 60 s that load balancers keep a connection, so that they close first
 
 
@@ -27,6 +28,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                root_path=settings.root_path,
                 http=Protocol,
                 ws="none",
                 log_config=None,
@@ -41,12 +43,13 @@ class Server(uvicorn.Server):
         self._draining_since: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a later second SIGINT ends at once."""
+        """Begin to drain; a later second signal ends at once."""
         now = time.monotonic()
         if self._draining_since is None:
             self._draining_since = now
             self._fleet.draining = True
-        elif sig == signal.SIGINT and now - self._draining_since > SECOND_S:
+            self.server_state.draining = True  # type: ignore[attr-defined]  # answers say that their connection closes
+        elif now - self._draining_since > SECOND_S:
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -63,5 +66,6 @@ class Server(uvicorn.Server):
 def serve(app: FastAPI, settings: Settings, fleet: Fleet) -> int:
     """Serve until told to stop; returns the process's exit code."""
     server = Server(app, settings, fleet)
+    signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn sees to the others
     server.run()
     return 1 if fleet.fatal or not server.started else 0
