@@ -73,7 +73,7 @@ def test_unloading_and_evicting_in_the_middle_of_loads_leaves_the_registry_whole
     registry = make_registry([1, 1])
     registry.load(Weights("1step-unet"))
     with ThreadPoolExecutor(3) as pool:
-        loads = [pool.submit(registry.load, name) for name in ("4step-lora", "2step-unet", "2step-lora")]
+        loads = [pool.submit(registry.load, Weights(name)) for name in ("4step-lora", "2step-unet", "2step-lora")]
         while not all(load.done() for load in loads):
             for name in ("1step-unet", "4step-lora", "2step-unet"):
                 registry.unload(Weights(name))
