@@ -17,11 +17,14 @@ class Serve(Settings):
 
     def cli_cmd(self) -> None:
         """Run the server."""
-        from app import logs, server
+        from app import logs
+        from app.api.deps import parts_of
+        from app.http.server import serve
         from app.main import create_app
 
         logs.set_up(self.log_level)
-        sys.exit(server.serve(create_app(self), self))
+        app = create_app(self)
+        sys.exit(serve(app, self, parts_of({"app": app}).fleet))
 
 
 class Generate(EngineSettings):

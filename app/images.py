@@ -33,19 +33,6 @@ def encode(
     return file.getvalue()
 
 
-def mark_jpeg(file: bytes, parameters: dict[str, Any]) -> bytes:
-    """A JPEG file made elsewhere, with the same metadata: segments behind its header (ITU-T T.81, B.1.1.4)."""
-    start = 2  # behind the start-of-image marker
-    if file[2:4] == b"\xff\xe0":  # JFIF's own segment comes first
-        start = 4 + int.from_bytes(file[4:6], "big")
-    xmp = _segment(b"\xe1", b"http://ns.adobe.com/xap/1.0/\0" + XMP.encode())
-    return file[:start] + xmp + _segment(b"\xfe", _line(parameters).encode()) + file[start:]
-
-
-def _segment(marker: bytes, body: bytes) -> bytes:
-    return b"\xff" + marker + (len(body) + 2).to_bytes(2, "big") + body
-
-
 def _texts(parameters: dict[str, Any]) -> dict[str, str]:
     return {"parameters": _line(parameters), "Software": "sdxl-lightning-server", "XML:com.adobe.xmp": XMP}
 

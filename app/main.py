@@ -1,17 +1,17 @@
-"""The application: routes, middleware, and the engine's life around them. Imports no torch."""
+"""The application: its parts, its APIs, and the engine's life around them. Imports no torch."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
-from app import problems
-from app.engine.client import EngineClient
+from app.api import deps, generate, health, models, problems
+from app.engine.fleet import Fleet
+from app.http.ledger import Ledger
 from app.metrics import Metrics
-from app.middleware import Front
-from app.routes import generate, health, models
 from app.settings import Settings
 
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
@@ -20,24 +20,29 @@ DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine process and stops it."""
     metrics = Metrics()
-    engine = EngineClient(settings.engine_config(), settings.queue_limit, metrics)
+    fleet = Fleet(settings.engine_config(), settings.queue_limit, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await engine.start()
+        fleet.start()
         yield
-        await engine.stop()
+        await fleet.stop()
 
-    app = FastAPIOffline(
+    app: FastAPI = FastAPIOffline(
         title="sdxl-lightning-server",
         description=DESCRIPTION,
         version=version("sdxl-lightning-server"),
         lifespan=lifespan,
         redoc_url=None,
+        generate_unique_id_function=_plain_name,
     )
-    app.state.engine, app.state.settings = engine, settings
-    for routes in (generate, health, models):
-        app.include_router(routes.router)
+    deps.install(app, deps.Parts(fleet, settings, metrics))
+    for api in (generate, health, models):
+        app.include_router(api.router)
     problems.install(app)
-    app.add_middleware(Front, metrics=metrics)
+    app.add_middleware(Ledger, metrics=metrics, render=problems.respond)
     return app
+
+
+def _plain_name(route: APIRoute) -> str:
+    return route.name

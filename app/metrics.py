@@ -21,10 +21,12 @@ class Metrics:
         self.running = Gauge(
             "sdxl_images_running", "Pictures between their first step and their answer.", registry=registry
         )
-        self.queue = self._seconds("sdxl_queue_seconds", "Time from the engine's door to the first step.")
-        self.encode = self._seconds("sdxl_encode_seconds", "One call of the text encoders.")
-        self.denoise = self._seconds("sdxl_denoise_step_seconds", "One call of the UNet.")
-        self.decode = self._seconds("sdxl_decode_seconds", "One call of the VAE's decoder.")
+        self.queue = self._seconds("sdxl_queue_seconds", "Time from the engine's inbox to the first step.")
+        self.stages = {
+            "encode": self._seconds("sdxl_encode_seconds", "One call of the text encoders."),
+            "denoise": self._seconds("sdxl_denoise_step_seconds", "One call of the UNet."),
+            "decode": self._seconds("sdxl_decode_seconds", "One call of the VAE's decoder."),
+        }
         self.image_encode = self._seconds("sdxl_image_encode_seconds", "One picture to PNG, JPEG or WebP.")
         self.total = self._seconds("sdxl_request_seconds", "A successful request from its arrival to its answer.")
         self.batch = Histogram(

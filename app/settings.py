@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.engine.config import EngineConfig
+from app.engine.messages import EngineConfig
 
 GIB = 2**30
 
@@ -28,10 +28,15 @@ class EngineSettings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="torch's threads on a CPU; by default all cores",
+        description="threads on a CPU; by default all cores that this process may use",
     )
     max_batch: int | None = Field(
         None, ge=1, le=32, description="largest batch to measure; by default 16 on a CPU, 8 on CUDA"
+    )
+    preload: str | None = Field(
+        None,
+        description="variants in memory before the first request, by name, with commas between; by default all of the "
+        "embedded model's, of SDXL the 4-step UNet",
     )
     device_budget_gib: float | None = Field(
         None, gt=0, description="GPU memory for weight sets, GiB; by default what the card has to spare"
@@ -51,11 +56,12 @@ class EngineSettings(BaseSettings):
         """The part that the engine process is told."""
         return EngineConfig(
             model=self.model,
-            directory=str(self.model_dir.expanduser().resolve()) if self.model_dir else "",
+            directory=str(self.model_dir.expanduser().resolve()) if self.model_dir else None,
             device=self.device,
             dtype=self.dtype,
             threads=self.threads,
             max_batch=self.max_batch,
+            preload=[name.strip() for name in self.preload.split(",")] if self.preload else None,
             device_budget=int(self.device_budget_gib * GIB) if self.device_budget_gib else None,
             host_budget=int(self.host_budget_gib * GIB),
             compile=self.compile,
@@ -72,12 +78,13 @@ class Settings(EngineSettings):
     queue_limit: int = Field(256, ge=1, le=100_000, description="pictures accepted and not finished; more get a 429")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
+    max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
     @field_validator("max_timeout_s")
     @classmethod
-    def _covers_default(cls, value: float, info) -> float:
+    def _covers_default(cls, value: float, info: ValidationInfo) -> float:
         if value < info.data.get("timeout_s", 0):
             raise ValueError("must not be below TIMEOUT_S")
         return value

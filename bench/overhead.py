@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from app.engine.client import allocator
+from app.engine.process import allocator
 from bench.client import Client, Reply
 from bench.contenders import ROOT, Contender
 from bench.load import percentile

@@ -1,6 +1,7 @@
-"""The rules of the house, as tests."""
+"""The rules of the house, as tests (docs/structure.md has the map)."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MAY_IMPORT = {"models": {"models"}, "distill": {"models", "distill"}, "app": {"app", "models"}}
 OURS = {"app", "models", "distill", "bench", "tests"}
+MAY_IMPORT = {"models": {"models"}, "distill": {"models", "distill"}, "app": {"app", "models"}}
+HTTP_SIDE = ("fleet", "admission", "queue", "process", "messages", "wire", "jobs", "costs", "scheduler")
+DEVICE_SIDE = ("worker", "load", "cores", "warmup", "loop", "calls", "work", "loading", "upgrade")
+ROUTES = {"app.api.generate", "app.api.health", "app.api.models"}
+ASKS_FOR_A_GPU = re.compile(r"""torch\.cuda|\.is_cuda|[!=]= ?["']cuda""")
 
 
 def sources(*folders: str) -> list[Path]:
@@ -22,12 +27,16 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
+def starts(names: set[str], *prefixes: str) -> set[str]:
+    return {name for name in names if any(name == each or name.startswith(f"{each}.") for each in prefixes)}
+
+
 def test_the_http_side_runs_without_torch():
-    code = "import sys, app.main, app.server, app.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, app.main, app.http.server, app.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -38,9 +47,50 @@ def test_data_flows_one_way(folder):
         assert ours <= MAY_IMPORT[folder], f"{path} imports {ours - MAY_IMPORT[folder]}"
 
 
-def test_the_scheduler_is_pure():
+def test_the_engine_knows_no_web_framework_and_no_api():
+    for path in sources("app/engine"):
+        assert not starts(imports(path), "fastapi", "starlette", "app.api", "app.http", "app.order"), path
+    for name in HTTP_SIDE:
+        assert not starts(
+            imports(ROOT / "app" / "engine" / f"{name}.py"), *(f"app.engine.{each}" for each in DEVICE_SIDE)
+        )
+    rooms = {path.stem for path in sources("app/engine")} - {"__init__"}
+    assert rooms == {*HTTP_SIDE, *DEVICE_SIDE}
+
+
+def test_the_http_room_knows_no_api_and_an_api_knows_no_other_apis_routes():
+    for path in sources("app/http"):
+        assert not starts(imports(path), "app.api"), path
+    for path in sources("app/api"):
+        own = f"app.api.{path.stem}"
+        assert not starts(imports(path), *ROUTES - {own}), path
+
+
+def test_errors_import_nothing_of_ours():
+    assert not starts(imports(ROOT / "app" / "errors.py"), *OURS)
+
+
+def test_policy_is_pure():
     for name in ("scheduler", "costs", "admission", "jobs"):
-        assert not imports(ROOT / "app" / "engine" / f"{name}.py") & {"torch", "asyncio", "time"}
+        assert not starts(imports(ROOT / "app" / "engine" / f"{name}.py"), "torch", "asyncio", "time", "random")
+
+
+def test_one_kind_of_device_is_nobodys_business_but_its_own_rooms():
+    """models/cpu and models/gpu are entered through load.py and upgrade.py, and one place asks which of them it is."""
+    asked = []
+    for path in sources("app", "models"):
+        room = path.relative_to(ROOT).as_posix()
+        if room.startswith(("models/cpu/", "models/gpu/")):
+            continue
+        if room not in ("app/engine/load.py", "app/engine/upgrade.py"):
+            assert not starts(imports(path), "models.cpu", "models.gpu"), path
+        asked += [room for line in path.read_text().splitlines() if ASKS_FOR_A_GPU.search(line)]
+    assert asked == ["app/engine/load.py"]
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    for path in sources("app", "models", "distill", "bench"):
+        assert len(path.read_text().splitlines()) <= 320, path
 
 
 def test_nothing_that_serves_can_run_a_pickle_or_remote_code():

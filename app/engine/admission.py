@@ -1,4 +1,4 @@
-"""The door: a request that cannot meet its deadline is refused here, with a Retry-After that holds. Pure, no clock."""
+"""Admission: a request that cannot meet its deadline is refused, with a Retry-After that holds. Pure, no clock."""
 
 import math
 from collections import deque
@@ -28,17 +28,17 @@ class Refusal:
 
 @dataclass
 class Window:
-    """When and how often one request may come back. strays: how many of `room` are meant for others who send the same
-    for the first time just then: nobody can tell them from those who were promised a place."""
+    """When and how often one request may come back. newcomers: how many of `room` are meant for first-time requests
+    with the same body: nobody can tell them from those who were promised a place."""
 
     start: float
     room: float = 0.0
-    strays: float = 0.0
+    newcomers: float = 0.0
     used: int = 0
 
     def is_open(self, now: float) -> bool:
-        """Whether one more may come in by it. Where there are strays they would use it up in time."""
-        return self.used < self.room and 0 <= now - self.start + 0.05 <= (WINDOW if self.strays else PATIENCE)
+        """Whether one more may come in by it. Newcomers, where there are any, would use it up in time."""
+        return self.used < self.room and 0 <= now - self.start + 0.05 <= (WINDOW if self.newcomers else PATIENCE)
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Caller:
     windows: list[Window] = field(default_factory=list)
 
 
-class Door:
+class Admission:
     """Admission by price. Who is refused gets a time to come back at, later for each by the work they will bring, and
     is judged by what was kept for them when the same fingerprint comes again. Equal requests share windows."""
 
@@ -86,14 +86,14 @@ class Door:
         """The time to come back at. A window of this fingerprint serves again while what comes in by it and after it
         is no more than `at_once` seconds of work; else there is a new one after all that was promised so far."""
         caller = self._callers.get(who, Caller(now))
-        strays = WINDOW * caller.asks / max(0.5, now - caller.since)
+        newcomers = WINDOW * caller.asks / max(0.5, now - caller.since)
         for window in caller.windows:
-            others = max(0.0, strays - window.strays)
+            others = max(0.0, newcomers - window.newcomers)
             cost = (self._come_back + others) * work / PROMISED
             if earliest <= window.start and self._promised_until + cost <= window.start + at_once / PROMISED:
                 break
         else:
-            others, window = strays, Window(max(earliest, self._promised_until))
+            others, window = newcomers, Window(max(earliest, self._promised_until))
             cost = (self._come_back + others) * work / PROMISED
             if window.start > now + HORIZON or others * work > at_once or len(self._windows) >= MOST_WINDOWS:
                 return min(window.start, now + HORIZON)  # a time, but nothing is kept
@@ -101,7 +101,7 @@ class Door:
             self._windows.append((who, window))
             self._promised_until = window.start
         self._promised_until += cost
-        window.room, window.strays = window.room + 1 + others, window.strays + others
+        window.room, window.newcomers = window.room + 1 + others, window.newcomers + others
         return window.start
 
     def _close_windows(self, now: float) -> None:
@@ -110,6 +110,6 @@ class Door:
             self._callers[who].windows.remove(window)
             if not self._callers[who].windows:
                 del self._callers[who]
-            if not window.strays:
+            if not window.newcomers:
                 self._come_back += LEARN * (window.used / window.room - self._come_back)
         self._come_back = max(0.1, self._come_back)

@@ -18,7 +18,7 @@ from models.pipeline import Conditioning
 @dataclass(eq=False)
 class Running:
     """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on.
-    busy: a lane has it, and nothing else may be done with it until the call lands."""
+    busy: a worker has it, and nothing else may be done with it until the call is done."""
 
     job: Job
     arrived: float
@@ -32,8 +32,7 @@ class Running:
     @property
     def row(self) -> Row:
         """This job as the scheduler sees it."""
-        job = self.job
-        return Row(job.id, job.variant, job.height, job.width, job.deadline, job.steps - self.step)
+        return self.job.row(self.step, self.conditioning is not None)
 
     def spent(self, stage: str, seconds: float) -> None:
         """Count time towards a stage."""
@@ -42,17 +41,22 @@ class Running:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call on the device, by one lane: a stage of some rows. land: takes its result, under the lock."""
+    """One call on the device, by one worker: a stage of some rows. settle: takes its result, under the lock."""
 
     stage: str
     rows: list[Running]
     work: Callable[[list[Running]], Any]
-    land: Callable[[list[Running], Any, float, float], None]
+    settle: Callable[[list[Running], Any, float, float], None]
     start: float = field(default_factory=time.monotonic)
+
+    @property
+    def count(self) -> int:
+        """Rows of the UNet that it steps."""
+        return sum(running.row.count for running in self.rows)
 
 
 def make(call: Call, device: Device) -> tuple[Any, float]:
-    """In a lane: the result of a call, or its error, and the seconds it took."""
+    """In a worker thread: the result of a call, or its error, and the seconds it took."""
     start = time.monotonic()
     try:
         result = call.work(call.rows)

@@ -6,22 +6,24 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from app.engine.jobs import Row
+from models.catalog import Weights
 
 GOOD_ENOUGH = 0.95  # of the best images/s: a larger batch would only add latency
+HUNG_TIMES, HUNG_S = 10.0, 10.0  # a call that takes so many times its measured cost, and at least so long, has hung
 
 
 class Costs(msgspec.Struct, frozen=True):
     """Seconds of a UNet step and of a VAE decode by batch size, measured at warm-up at one picture size.
 
     step, decode: seconds by batch size, from 1 up. pixels: of the measured pictures; other sizes are priced in
-    proportion. encode: seconds to encode one prompt. lanes: calls that the device makes at a time.
+    proportion. encode: seconds to encode one prompt. workers: calls that the device makes at a time.
     """
 
     step: dict[int, float]
     decode: dict[int, float]
     encode: float
     pixels: int
-    lanes: int = 1
+    workers: int = 1
 
     def step_seconds(self, batch: int, pixels: int) -> float:
         """What one UNet call on `batch` rows takes."""
@@ -43,7 +45,13 @@ class Costs(msgspec.Struct, frozen=True):
 
     def alone(self, row: Row) -> float:
         """The least time from now to the row's picture, if it had the device for itself."""
-        return row.steps_left * self.step_seconds(1, row.pixels) + self.decode_seconds(1, row.pixels)
+        return row.steps_left * self.step_seconds(row.count, row.pixels) + self.decode_seconds(1, row.pixels)
+
+    def patience(self, stage: str, pictures: int, pixels: int) -> float:
+        """Seconds after which a call of a stage has hung."""
+        seconds = {"encode": pictures * self.encode, "decode": self.decode_seconds(pictures, pixels)}
+        expected = seconds.get(stage, self.step_seconds(2 * pictures, pixels))
+        return max(HUNG_S, HUNG_TIMES * expected)
 
     def work(self, rows: Iterable[Row]) -> float:
         """Seconds until the device has finished these rows, batched as the scheduler would batch them."""
@@ -51,16 +59,17 @@ class Costs(msgspec.Struct, frozen=True):
 
     def shares(self, rows: Iterable[Row]) -> dict[int, float]:
         """Each row's share of those seconds, by id: its steps and decode in the batches its group allows."""
-        groups: dict[tuple[str, int, int], list[Row]] = {}
+        groups: dict[tuple[Weights, int, int], list[Row]] = {}
         for row in rows:
             groups.setdefault(row.group, []).append(row)
         shares = {}
         for group in groups.values():
             pixels = group[0].pixels
-            batch, decodes = min(len(group), self.best_batch), min(len(group), self.best_decode_batch)
+            batch = min(sum(row.count for row in group), self.best_batch)
+            decodes = min(len(group), self.best_decode_batch)
             step = self.step_seconds(batch, pixels) / batch
             decode = self.decode_seconds(decodes, pixels) / decodes + self.encode
-            shares.update({row.id: (row.steps_left * step + decode) / self.lanes for row in group})
+            shares.update({row.id: (row.count * row.steps_left * step + decode) / self.workers for row in group})
         return shares
 
     def overrun(self, new: Sequence[Row], pending: Sequence[Row], now: float, share: float) -> float:

@@ -1,44 +1,59 @@
 """What a Job, a Row and a Plan are. No torch, no asyncio, no clock."""
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Annotated
 
 import msgspec
 
+from models.catalog import Weights
+
 Id = Annotated[int, msgspec.Meta(ge=0)]
 Pixels = Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]
 
+new_id = count(1).__next__  # an id that no other job of this process has
+
 
 class Job(msgspec.Struct, frozen=True):
-    """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share.
-    jpeg: the quality of a JPEG file that the engine may make of it; 0 where its pixels are wanted."""
+    """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
-    variant: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    weights: Weights
     steps: Annotated[int, msgspec.Meta(ge=1, le=8)]
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
     height: Pixels
     width: Pixels
     deadline: float
-    jpeg: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
+
+    def row(self, step: int = 0, is_encoded: bool = False) -> "Row":
+        """This job as the scheduler sees it once `step` of its steps are done."""
+        return Row(self.id, self.weights, self.height, self.width, self.deadline, self.steps - step, is_encoded)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A job as the scheduler sees it: one row of a batch, some steps from its picture."""
+    """A picture as the scheduler sees it: some steps from its end. count: rows of a UNet call that it takes (two where
+    it is guided)."""
 
     id: int
-    variant: str
+    weights: Weights
     height: int
     width: int
     deadline: float
     steps_left: int
+    is_encoded: bool = True
+    count: int = 1
 
     @property
-    def group(self) -> tuple[str, int, int]:
+    def group(self) -> tuple[Weights, int, int]:
         """Rows of one group can share a UNet call."""
-        return self.variant, self.height, self.width
+        return self.weights, self.height, self.width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows of one size can share a decode."""
+        return self.height, self.width
 
     @property
     def pixels(self) -> int:
@@ -48,8 +63,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the engine does next: rows of one group to step, finished rows to decode, rows that are too late."""
+    """The calls that may start now, the most urgent stage first, and the rows that can no longer be served in time.
+    Each stage is one call: prompts to encode, finished rows of one size to decode, rows of one group to step."""
 
-    step: tuple[Row, ...] = ()
+    encode: tuple[Row, ...] = ()
     decode: tuple[Row, ...] = ()
+    step: tuple[Row, ...] = ()
     refuse: tuple[Row, ...] = ()

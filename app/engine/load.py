@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from app.engine.config import EngineConfig
 from app.engine.cores import usable_cores
 from app.engine.costs import Costs
+from app.engine.messages import EngineConfig
 from app.engine.warmup import measure
 from app.logs import say
 from models.catalog import CATALOG, Family, Weights

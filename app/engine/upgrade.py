@@ -9,9 +9,9 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from app.engine.config import EngineConfig
 from app.engine.load import Model
 from app.engine.loop import Loop
+from app.engine.messages import EngineConfig
 from app.logs import say
 from models import compiled
 from models.aoti import Broken

@@ -1,6 +1,6 @@
-"""The wire between the HTTP process and the engine: a private pair of sockets, which nobody else can open.
+"""The socket between the HTTP process and the engine: a private pair that nobody else can open.
 
-A frame is its length in 4 bytes, then one msgpack message: checked against its type both ways, size-capped, no pickle.
+A frame is its length in 4 bytes, then one msgpack message: typed, checked both ways, bounded in size, no pickle.
 """
 
 import asyncio
@@ -21,64 +21,29 @@ _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
-class Wire:
-    """The engine's end: a thread that reads for the loop, and one that writes. Where the HTTP process has gone, and
-    with it everybody who waits, they end this process."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._outbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
-        threading.Thread(target=self._write, daemon=True, name="write").start()
-
-    def send(self, message: FromEngine) -> None:
-        """Put a message on the wire; never blocks."""
-        self._outbox.put(message)
-
-    def feed(self, post: Callable[[ToEngine], None]) -> None:
-        """Post what arrives, in a thread of its own."""
-        threading.Thread(target=self._read, args=(post,), daemon=True, name="read").start()
-
-    def last_word(self, message: FromEngine) -> None:
-        """Send a message at once, before the process ends."""
-        self._sock.sendall(frame(message))
-
-    def _write(self) -> None:
-        while True:
-            try:
-                self._sock.sendall(frame(self._outbox.get()))
-            except OSError:
-                os._exit(0)
-
-    def _read(self, post: Callable[[ToEngine], None]) -> None:
-        while True:
-            try:
-                post(receive(self._sock))
-            except (EOFError, OSError):
-                os._exit(0)
-
-
 def frame(message: ToEngine | FromEngine) -> bytes:
     """A message as bytes for the socket. Raises ValueError above FRAME_LIMIT."""
     body = _encoder.encode(message)
-    return _checked(len(body)).to_bytes(4, "big") + body
+    if len(body) > FRAME_LIMIT:
+        raise ValueError(f"a message of {len(body)} bytes is over the limit of {FRAME_LIMIT}")
+    return len(body).to_bytes(4, "big") + body
 
 
 def receive(sock: socket.socket) -> ToEngine:
     """The next message on the engine's side. Raises EOFError when the peer has gone, ValueError on a bad frame."""
-    return _to_engine.decode(_exactly(sock, _checked(int.from_bytes(_exactly(sock, 4), "big"))))
+    length = int.from_bytes(_exactly(sock, 4), "big")
+    if length > FRAME_LIMIT:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {FRAME_LIMIT}")
+    return _to_engine.decode(_exactly(sock, length))
 
 
 async def read(stream: asyncio.StreamReader) -> FromEngine:
     """The next message on the HTTP side. Raises asyncio.IncompleteReadError when the engine has gone, ValueError on a
     bad frame."""
     length = int.from_bytes(await stream.readexactly(4), "big")
-    return _from_engine.decode(await stream.readexactly(_checked(length)))
-
-
-def _checked(length: int) -> int:
     if length > FRAME_LIMIT:
         raise ValueError(f"a frame of {length} bytes is over the limit of {FRAME_LIMIT}")
-    return length
+    return _from_engine.decode(await stream.readexactly(length))
 
 
 def _exactly(sock: socket.socket, length: int) -> bytes:
@@ -89,3 +54,38 @@ def _exactly(sock: socket.socket, length: int) -> bytes:
             raise EOFError("the HTTP process has gone")
         parts += part
     return bytes(parts)
+
+
+class Wire:
+    """The engine's end of the socket: a thread that reads for the loop, and one that writes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._outbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True, name="write").start()
+
+    def send(self, message: FromEngine) -> None:
+        """Put a message on the wire; never blocks."""
+        self._outbox.put(message)
+
+    def feed(self, hear: Callable[[ToEngine], None]) -> None:
+        """Call `hear` with each message that arrives, in a thread of its own."""
+        threading.Thread(target=self._read, args=(hear,), daemon=True, name="read").start()
+
+    def last_word(self, message: FromEngine) -> None:
+        """Send a message at once, before the process ends."""
+        self._sock.sendall(frame(message))
+
+    def _write(self) -> None:
+        while True:
+            try:
+                self._sock.sendall(frame(self._outbox.get()))
+            except OSError:
+                os._exit(0)  # the HTTP process has gone, and with it everybody who waits
+
+    def _read(self, hear: Callable[[ToEngine], None]) -> None:
+        while True:
+            try:
+                hear(receive(self._sock))
+            except (EOFError, OSError):
+                os._exit(0)

@@ -1,6 +1,6 @@
 """The process that owns one device. It warms up, serves its pipe, and leaves with it; torch lives from here down.
 
-Run by app.engine.client as `python -m app.engine.worker FD CONFIG`.
+Run by app.engine.process as `python -m app.engine.worker FD CONFIG`.
 """
 
 import signal
@@ -10,10 +10,9 @@ import sys
 import msgspec
 
 from app.engine import upgrade
-from app.engine.config import EngineConfig
 from app.engine.load import CANNOT_OPEN, open_model
 from app.engine.loop import Loop
-from app.engine.messages import Fatal, Ready
+from app.engine.messages import EngineConfig, Fatal, Ready
 from app.engine.wire import Wire
 from app.logs import say
 

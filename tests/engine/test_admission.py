@@ -1,4 +1,4 @@
-"""The door, with a simulated clock: who is let in meets the deadline, and Retry-After is true."""
+"""Admission, with a simulated clock: who is let in meets the deadline, and Retry-After is true."""
 
 import heapq
 import random
@@ -6,47 +6,48 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from app.engine.admission import Door
+from app.engine.admission import Admission
 from app.engine.costs import Costs
 from app.engine.jobs import Row
 from app.engine.scheduler import plan
+from models.catalog import Weights
 
 COSTS = Costs(step={1: 0.010, 2: 0.013, 4: 0.020, 8: 0.032}, decode={1: 0.01, 8: 0.05}, encode=0.001, pixels=128 * 128)
 CAPACITY = 8 / (4 * COSTS.step_seconds(8, 128 * 128) + COSTS.decode_seconds(8, 128 * 128) + 8 * COSTS.encode)
 
 
 def row(id=0, deadline=30.0, steps=4) -> Row:
-    return Row(id, f"{steps}step-unet", 128, 128, deadline, steps)
+    return Row(id, Weights(f"{steps}step-unet"), 128, 128, deadline, steps)
 
 
 def test_a_burst_of_64_is_admitted_while_its_deadlines_can_be_met():
-    door, pending = Door(limit=256), []
+    admission, pending = Admission(limit=256), []
     for id in range(64):
-        assert door.ask([row(id)], pending, COSTS, 0.0, who=str(id)) is None
+        assert admission.ask([row(id)], pending, COSTS, 0.0, who=str(id)) is None
         pending.append(row(id))
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back():
-    refusal = Door(limit=4).ask([row(9)], [row(id) for id in range(4)], COSTS, 0.0, who="a")
+    refusal = Admission(limit=4).ask([row(9)], [row(id) for id in range(4)], COSTS, 0.0, who="a")
     assert refusal is not None
     assert "full" in refusal.reason
     assert refusal.retry_after >= 1
 
 
 def test_a_flood_from_one_client_books_no_time_for_the_others():
-    door, pending = Door(limit=4), [row(id) for id in range(4)]
+    admission, pending = Admission(limit=4), [row(id) for id in range(4)]
     for _ in range(10_000):
-        door.ask([row(9)], pending, COSTS, 0.0, who="flood")
-    other = door.ask([row(10)], pending, COSTS, 0.0, who="other")
+        admission.ask([row(9)], pending, COSTS, 0.0, who="flood")
+    other = admission.ask([row(10)], pending, COSTS, 0.0, who="other")
     assert other is not None
     assert other.retry_after <= 15  # the few windows that equal requests are believed to need
 
 
 def test_a_more_urgent_request_is_refused_where_it_would_make_an_admitted_one_late():
-    door, inside = Door(limit=1000), []
-    while door.ask([row(len(inside), deadline=1.0)], inside, COSTS, 0.0, who="patient") is None:
+    admission, inside = Admission(limit=1000), []
+    while admission.ask([row(len(inside), deadline=1.0)], inside, COSTS, 0.0, who="patient") is None:
         inside.append(row(len(inside), deadline=1.0))
-    while door.ask([row(len(inside), deadline=0.9)], inside, COSTS, 0.0, who="urgent") is None:
+    while admission.ask([row(len(inside), deadline=0.9)], inside, COSTS, 0.0, who="urgent") is None:
         inside.append(row(len(inside), deadline=0.9))
     assert work_until_done(inside) <= 1.0
 
@@ -106,13 +107,13 @@ def simulate(
     senders: int | None = None,
     flood: float = 0.0,
 ) -> Seen:
-    """Poisson arrivals at `load` times the capacity against the real door and the real scheduler, on a simulated clock.
+    """Poisson arrivals at `load` times the capacity against the real Admission and scheduler, on a simulated clock.
     senders: how many different fingerprints there are; None: as many as clients. flood: as load, of others who never
     come back. Who does comes up to half a second after its time."""
     random.seed(7)
     costs = COSTS.scaled(4)  # 11 pictures a second: less to simulate
     capacity = CAPACITY / 4
-    door, board, seen = Door(limit), {}, Seen()
+    admission, board, seen = Admission(limit), {}, Seen()
     arrivals: list[tuple[float, int, bool]] = []
     time, id = 0.0, 0
     while time < seconds:
@@ -125,8 +126,8 @@ def simulate(
     while now < seconds:
         while arrivals and arrivals[0][0] <= now:
             at, id, is_return = heapq.heappop(arrivals)
-            asked = Row(id, "4step-unet", 128, 128, at + deadline, 4)
-            refusal = door.ask([asked], list(board.values()), costs, now, who=str(id % senders if senders else id))
+            asked = Row(id, Weights("4step-unet"), 128, 128, at + deadline, 4)
+            refusal = admission.ask([asked], list(board.values()), costs, now, who=str(id % senders if senders else id))
             seen.returned += is_return
             if refusal is None:
                 board[id] = asked

@@ -1,6 +1,5 @@
 """The engine's loop with the real model: faults stay with their row, loads stay out of the way, memory is learned."""
 
-import threading
 import time
 
 import pytest
@@ -16,6 +15,8 @@ from models.device import Device, Tier
 from models.pipeline import Pipeline
 from models.registry import Registry
 from models.weights import WeightStore
+from tests.conftest import eventually
+from tests.engine.conftest import running
 
 FAMILY = CATALOG["embedded"]
 COSTS = Costs(step={1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, decode={1: 0.01, 8: 0.02}, encode=0.0, pixels=128 * 128)
@@ -23,7 +24,7 @@ LATER = time.monotonic() + 3600
 
 
 def job(id: int, prompt: str = "a red apple", variant: str = "2step-unet", deadline: float = LATER) -> Job:
-    return Job(id, prompt, variant, FAMILY.variants[variant].steps, id, 128, 128, deadline)
+    return Job(id, prompt, Weights(variant), FAMILY.variants[variant].steps, id, 128, 128, deadline)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ class Sent(list[FromEngine]):
         return {message.id for message in self if isinstance(message, Done)}
 
     def failed(self) -> dict[int, str]:
-        return {message.id: message.code for message in self if isinstance(message, Failed)}
+        return {message.id: message.cause for message in self if isinstance(message, Failed)}
 
 
 def pictures(sent: Sent) -> list[torch.Tensor]:
@@ -57,12 +58,9 @@ def make_loop(pipeline: Pipeline, *resident: str, directory=None, budgets=(1 << 
 
 
 def serve(loop: Loop, sent: Sent, count: int, seconds: float = 120) -> None:
-    """Let two lanes work until `count` jobs have ended."""
-    for _ in range(2):
-        threading.Thread(target=loop.serve, daemon=True).start()
-    end = time.monotonic() + seconds
-    while len(sent.done()) + len(sent.failed()) < count and time.monotonic() < end:
-        time.sleep(0.005)
+    """Let two workers work until `count` jobs have ended, and leave."""
+    with running(loop):
+        eventually(lambda: len(sent.done()) + len(sent.failed()) >= count, seconds)
 
 
 def test_a_row_that_fails_fails_alone(pipeline):
@@ -70,7 +68,7 @@ def test_a_row_that_fails_fails_alone(pipeline):
     poison = "\ud800"  # no tokenizer takes it; HTTP would have refused it
     loop.post(Submit([job(0), job(1), job(2, poison), job(3), job(4)]))
     serve(loop, sent, 5)
-    assert sent.failed() == {2: "failed"}
+    assert sent.failed() == {2: "FAILED"}
     assert sent.done() == {0, 1, 3, 4}
 
 
@@ -112,7 +110,7 @@ def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embed
     loop, sent = make_loop(pipeline, "2step-unet", directory=embedded_copy)
     loop.post(Submit([job(0, variant="8step-unet"), job(1)]))
     serve(loop, sent, 2)
-    assert (sent.done(), sent.failed()) == ({1}, {0: "variant_unavailable"})
+    assert (sent.done(), sent.failed()) == ({1}, {0: "UNAVAILABLE"})
 
 
 def test_more_variants_than_two_tiers_hold_are_all_served_and_evicted_in_turn(pipeline):
@@ -141,7 +139,7 @@ def test_a_load_that_fails_midway_leaves_a_busy_variant_in_place(pipeline, embed
     loop, sent = make_loop(pipeline, "2step-unet", directory=embedded_copy, budgets=(budget,))
     loop.post(Submit([job(0), job(1, variant="4step-lora"), job(2)]))
     serve(loop, sent, 3)
-    assert (sent.done(), sent.failed()) == ({0, 2}, {1: "variant_unavailable"})
+    assert (sent.done(), sent.failed()) == ({0, 2}, {1: "UNAVAILABLE"})
     assert loop.registry.is_resident(Weights("2step-unet"))
 
 
@@ -152,21 +150,21 @@ def test_a_flat_picture_is_a_numeric_fault(embedded_copy):
     loop, sent = make_loop(Pipeline(WeightStore(FAMILY, embedded_copy), Device(), torch.float32), "1step-unet")
     loop.post(Submit([job(0, variant="1step-unet")]))
     serve(loop, sent, 1)
-    assert (sent.done(), sent.failed()) == (set(), {0: "numeric_fault"})
+    assert (sent.done(), sent.failed()) == (set(), {0: "NUMERIC_FAULT"})
 
 
 def test_a_row_whose_variant_is_not_there_in_time_is_told_that_it_loads(pipeline):
     loop, sent = make_loop(pipeline)
     loop.post(Submit([job(0, deadline=time.monotonic() - 1)]))
     serve(loop, sent, 1)
-    assert sent.failed() == {0: "loading"}
+    assert sent.failed() == {0: "LOADING"}
 
 
 def test_a_row_past_its_deadline_is_never_drawn(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
     loop.post(Submit([job(0, deadline=time.monotonic() - 1), job(1)]))
     serve(loop, sent, 2)
-    assert (sent.done(), sent.failed()) == ({1}, {0: "expired"})
+    assert (sent.done(), sent.failed()) == ({1}, {0: "EXPIRED"})
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(pipeline):
@@ -199,9 +197,8 @@ def test_pictures_drawn_around_faults_are_the_ones_drawn_alone(pipeline):
 def test_a_ping_is_answered_between_two_turns(pipeline):
     loop, sent = make_loop(pipeline, "2step-unet")
     loop.post(Ping())
-    serve(loop, sent, 0)
-    while not sent:
-        time.sleep(0.005)
+    loop.post(Submit([job(0)]))
+    serve(loop, sent, 1)
     report = next(message for message in sent if isinstance(message, Report))
     resident = {row.name: row.resident_bytes for row in report.variants if row.state == "resident"}
     on_disk = sum(t.nbytes for t in load_file(FAMILY.directory / FAMILY.variants["2step-unet"].file).values())

@@ -1,6 +1,5 @@
 """A device without memory enough: what was too much is halved, nothing is lost, and the lesson stays learned."""
 
-import threading
 import time
 from functools import partial
 
@@ -18,6 +17,8 @@ from models.device import Tier
 from models.pipeline import Pipeline, advance
 from models.registry import Registry
 from models.weights import WeightStore
+from tests.conftest import eventually
+from tests.engine.conftest import running
 from tests.models.gpu_way import GpuWay
 
 STORE = WeightStore(CATALOG["embedded"])
@@ -51,18 +52,15 @@ def too_small_for(rows: int, function, error=torch.OutOfMemoryError):
 def serve(pipeline: Pipeline, registry: Registry, jobs: int = 8) -> tuple[Loop, list[FromEngine]]:
     sent: list[FromEngine] = []
     loop = Loop(pipeline, registry, COSTS, sent.append)
-    loop.post(Submit([Job(id, f"prompt {id}", "1step-unet", 1, id, 128, 128, LATER) for id in range(jobs)]))
-    for _ in range(2):
-        threading.Thread(target=loop.serve, daemon=True).start()
-    end = time.monotonic() + 60
-    while len(outcomes(sent)) < jobs and time.monotonic() < end:
-        time.sleep(0.005)
+    loop.post(Submit([Job(id, f"prompt {id}", Weights("1step-unet"), 1, id, 128, 128, LATER) for id in range(jobs)]))
+    with running(loop):
+        eventually(lambda: len(outcomes(sent)) == jobs)
     return loop, sent
 
 
 def outcomes(sent: list[FromEngine]) -> dict[int, str]:
     return {
-        message.id: message.code if isinstance(message, Failed) else "done"
+        message.id: message.cause if isinstance(message, Failed) else "done"
         for message in sent
         if isinstance(message, Done | Failed)
     }
@@ -95,7 +93,7 @@ def test_a_decode_that_does_not_fit_is_halved_and_its_cap_is_learned(pipeline, r
 
 def test_one_picture_that_does_not_fit_is_told_so(pipeline, registry):
     pipeline.decoder = too_small_for(0, pipeline.decoder)
-    assert outcomes(serve(pipeline, registry, jobs=2)[1]) == {0: "out_of_memory", 1: "out_of_memory"}
+    assert outcomes(serve(pipeline, registry, jobs=2)[1]) == {0: "OUT_OF_MEMORY", 1: "OUT_OF_MEMORY"}
 
 
 def test_the_warm_up_measures_as_far_as_memory_goes(pipeline, registry):

@@ -1,18 +1,21 @@
 """The scheduler, with a simulated clock: who is stepped, who is decoded, who is refused."""
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine.costs import Costs
 from app.engine.jobs import Plan, Row
-from app.engine.scheduler import plan
+from app.engine.scheduler import IDLE_S, PAUSE_S, Workers, may_change, plan
+from models.catalog import Weights
 
 FLAT = Costs(step={1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, decode={1: 0.01, 8: 0.02}, encode=0.0, pixels=128 * 128)
 LINEAR = Costs(step={1: 0.01, 2: 0.02, 4: 0.04, 8: 0.08}, decode={1: 0.01, 8: 0.08}, encode=0.0, pixels=128 * 128)
 
 
-def row(id=0, steps_left=4, deadline=10.0, variant="4step-unet", side=128) -> Row:
-    return Row(id, variant, side, side, deadline, steps_left)
+def row(id=0, steps_left=4, deadline=10.0, variant="4step-unet", side=128, **more) -> Row:
+    return Row(id, Weights(variant), side, side, deadline, steps_left, **more)
 
 
 def test_a_new_job_joins_a_running_batch_between_two_steps():
@@ -49,6 +52,65 @@ def test_the_batch_is_no_larger_than_what_the_measured_costs_pay_for():
     assert len(plan(rows, LINEAR, now=0.0).step) == 1
 
 
+def test_a_guided_picture_takes_two_rows_of_the_batch():
+    rows = [row(id, deadline=id + 1, count=2) for id in range(5)]
+    assert plan(rows, FLAT, now=0.0).step == tuple(rows[:4])  # 8 rows are the best batch
+    assert LINEAR.work(rows[:1]) > LINEAR.work([row(0)])
+
+
+def test_styled_weights_are_a_group_of_their_own():
+    plain, styled = row(1), Row(2, Weights("4step-unet", (("line", 0.8),)), 128, 128, 10.0, 4)
+    assert plan([plain, styled], FLAT, now=0.0).step == (plain,)
+
+
+def test_new_prompts_are_encoded_all_together_and_step_after_that():
+    new, old = [row(id, is_encoded=False) for id in range(3)], row(9)
+    todo = plan([*new, old], FLAT, now=0.0)
+    assert (todo.encode, todo.step) == (tuple(new), (old,))
+
+
+def test_finished_rows_of_one_size_share_a_decode_of_the_best_batch():
+    done = [row(id, steps_left=0) for id in range(20)]
+    large = row(20, steps_left=0, side=256)
+    assert plan([*done, large], FLAT, now=0.0).decode == tuple(done[:8])
+    assert plan([large, *done], FLAT, now=0.0).decode == (large,)
+
+
+def test_steps_wait_for_a_decoder_that_is_far_behind():
+    done, going = [row(id, steps_left=0) for id in range(17)], row(20)
+    assert plan([*done[:16], going], FLAT, now=0.0).step == (going,)
+    assert plan([*done, going], FLAT, now=0.0).step == ()
+
+
+def test_only_what_a_device_can_do_beside_its_calls_is_planned():
+    rows = [row(1, is_encoded=False), row(2), row(3, steps_left=0)]
+    gpu = Workers(calls=2, steps=1, decodes=1)
+    beside_a_step = plan(rows, FLAT, 0.0, gpu, ["denoise"])
+    assert (beside_a_step.encode, beside_a_step.step, beside_a_step.decode) == ((), (), (rows[2],))
+    beside_a_decode = plan(rows, FLAT, 0.0, gpu, ["decode"])
+    assert (beside_a_decode.encode, beside_a_decode.step, beside_a_decode.decode) == ((rows[0],), (rows[1],), ())
+    assert plan(rows, FLAT, 0.0, gpu, ["denoise", "decode"]) == Plan()
+
+
+def test_two_workers_share_the_rows_of_one_group():
+    rows = [row(id) for id in range(8)]
+    two = Workers(calls=2, steps=2, decodes=2)
+    assert len(plan(rows, FLAT, 0.0, two).step) == 4
+    assert len(plan([*rows, row(9, variant="8step-unet")], FLAT, 0.0, two).step) == 8
+
+
+def test_a_change_waits_for_service_or_for_quiet():
+    assert may_change(IDLE_S + 0.1, changed=0.0, is_waited_for=False)
+    assert not may_change(IDLE_S + 0.1, changed=0.0, is_waited_for=True)
+    assert may_change(PAUSE_S + 0.1, changed=0.0, is_waited_for=True)
+
+
+def test_a_call_has_hung_by_what_was_measured_not_by_a_constant():
+    slow = FLAT.scaled(500)  # 5 s a step: SDXL on a CPU
+    assert slow.patience("denoise", 1, 128 * 128) == 50
+    assert FLAT.patience("denoise", 1, 128 * 128) == 10
+
+
 def test_with_nothing_to_do_the_plan_is_empty():
     assert plan([], FLAT, now=0.0) == Plan()
 
@@ -57,7 +119,7 @@ rows = st.lists(
     st.builds(
         Row,
         id=st.integers(0, 10**6),
-        variant=st.sampled_from(["1step-unet", "4step-unet", "8step-lora"]),
+        weights=st.sampled_from([Weights("1step-unet"), Weights("4step-unet"), Weights("4step-unet", (("a", 1.0),))]),
         height=st.sampled_from([128, 256]),
         width=st.just(128),
         deadline=st.floats(0, 5),
@@ -75,9 +137,10 @@ def test_nothing_is_planned_twice_and_no_work_is_left_idle(rows, now):
     planned = [*todo.step, *todo.decode, *todo.refuse]
     assert len({row.id for row in planned}) == len(planned)
     live = [row for row in rows if row.steps_left and row not in todo.refuse]
-    assert bool(todo.step) == bool(live)
     assert len({row.group for row in todo.step}) <= 1
-    assert {row for row in rows if row.steps_left == 0} == set(todo.decode)
+    assert len({row.size for row in todo.decode}) <= 1
+    assert bool(todo.decode) == any(row.steps_left == 0 for row in rows)
+    assert bool(todo.step) == bool(live) or len(todo.decode) == FLAT.best_decode_batch
 
 
 @settings(deadline=None)
@@ -91,7 +154,7 @@ def test_every_row_ends_decoded_or_refused_within_its_deadline(rows):
         for row in (*todo.refuse, *todo.decode):
             ended.add(board.pop(row.id).id)
         for row in todo.step:
-            board[row.id] = Row(row.id, row.variant, row.height, row.width, row.deadline, row.steps_left - 1)
+            board[row.id] = replace(row, steps_left=row.steps_left - 1)
         now += FLAT.step_seconds(max(1, len(todo.step)), 128 * 128)
         calls += 1
         assert calls < 2000

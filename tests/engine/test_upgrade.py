@@ -24,6 +24,7 @@ from models.pipeline import Pipeline
 from models.registry import Registry
 from models.weights import WeightStore
 from tests.conftest import ROOT, eventually
+from tests.engine.conftest import running
 from tests.models.gpu_way import GpuWay
 
 STORE = WeightStore(CATALOG["embedded"])
@@ -43,13 +44,9 @@ class Engine:
         self.sent: list[FromEngine] = []
         self.loop = Loop(self.pipeline, registry, self.model.measure([1]), self.sent.append)
 
-    def run(self) -> None:
-        for _ in range(2):
-            threading.Thread(target=self.loop.serve, daemon=True).start()
-
     def draw(self, *ids: int) -> list[bytes]:
         end = time.monotonic() + 60
-        self.loop.post(Submit([Job(id, "a robot", "1step-unet", 1, id % 10, 128, 128, end) for id in ids]))
+        self.loop.post(Submit([Job(id, "a robot", Weights("1step-unet"), 1, id % 10, 128, 128, end) for id in ids]))
         assert eventually(lambda: self.done().keys() >= set(ids), 30)
         return [self.done()[id] for id in ids]
 
@@ -66,18 +63,18 @@ def test_larger_batches_are_recorded_beside_the_service_and_measured_then():
     engine = Engine(1, 2, 4, 8)
     assert (buckets(engine.steps), buckets(engine.pipeline.decoder), sorted(engine.loop.costs.step)) == ([1], [1], [1])
     upgrade.add_batches(engine.loop, engine.model)
-    engine.run()
-    assert eventually(lambda: engine.loop._flying != [], 10)
-    first = engine.draw(0, 1, 2)
-    assert eventually(lambda: sorted(engine.loop.costs.step) == [1, 2, 4, 8], 30)
-    assert buckets(engine.steps) == buckets(engine.pipeline.text) == [1, 2, 4, 8]
-    assert buckets(engine.pipeline.decoder) == [1, 2, 4]
-    learned = [sorted(each.costs.step) for each in engine.sent if isinstance(each, Measured)]
-    assert learned == [[1, 8], [1, 4, 8], [1, 2, 4, 8]]
-    kinds = [type(each) for each in engine.sent if isinstance(each, Done | Measured)]
-    assert kinds == [Measured, Done, Done, Done, Measured, Measured]  # who came meanwhile was served between two
-    for before, after in zip(first, engine.draw(10, 11, 12), strict=True):
-        assert abs(np.frombuffer(before, np.uint8).astype(int) - np.frombuffer(after, np.uint8)).max() <= 1
+    with running(engine.loop):
+        assert eventually(lambda: engine.loop._flying != [], 10)
+        first = engine.draw(0, 1, 2)
+        assert eventually(lambda: sorted(engine.loop.costs.step) == [1, 2, 4, 8], 30)
+        assert buckets(engine.steps) == buckets(engine.pipeline.text) == [1, 2, 4, 8]
+        assert buckets(engine.pipeline.decoder) == [1, 2, 4]
+        learned = [sorted(each.costs.step) for each in engine.sent if isinstance(each, Measured)]
+        assert learned == [[1, 8], [1, 4, 8], [1, 2, 4, 8]]
+        kinds = [type(each) for each in engine.sent if isinstance(each, Done | Measured)]
+        assert kinds == [Measured, Done, Done, Done, Measured, Measured]  # who came meanwhile was served between two
+        for before, after in zip(first, engine.draw(10, 11, 12), strict=True):
+            assert abs(np.frombuffer(before, np.uint8).astype(int) - np.frombuffer(after, np.uint8)).max() <= 1
 
 
 def test_pings_are_answered_while_a_change_is_made_and_calls_wait_for_its_end():
@@ -89,15 +86,15 @@ def test_pings_are_answered_while_a_change_is_made_and_calls_wait_for_its_end():
         assert leave.wait(30)
 
     engine.loop.when_idle(change)
-    engine.run()
-    assert entered.wait(30)
-    engine.loop.post(Ping())
-    engine.loop.post(Submit([Job(0, "a robot", "1step-unet", 1, 7, 128, 128, time.monotonic() + 60)]))
-    assert eventually(lambda: any(isinstance(each, Report) for each in engine.sent), 10)
-    time.sleep(0.3)
-    assert engine.done() == {}
-    leave.set()
-    assert eventually(lambda: 0 in engine.done(), 30)
+    with running(engine.loop):
+        assert entered.wait(30)
+        engine.loop.post(Ping())
+        engine.loop.post(Submit([Job(0, "a robot", Weights("1step-unet"), 1, 7, 128, 128, time.monotonic() + 60)]))
+        assert eventually(lambda: any(isinstance(each, Report) for each in engine.sent), 10)
+        time.sleep(0.3)
+        assert engine.done() == {}
+        leave.set()
+        assert eventually(lambda: 0 in engine.done(), 30)
 
 
 def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without(monkeypatch, capfd):
@@ -110,13 +107,13 @@ def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without
         return function
 
     monkeypatch.setattr(upgrade, "compiled_for_gpu", compiler)
-    engine.run()
-    before = engine.draw(0)
-    upgrade.compile_graphs(engine.loop, engine.model)
-    assert eventually(lambda: len(tried) == 2 and engine.steps.often == SEEN_OFTEN, 30)
-    assert "no such kernel" in capfd.readouterr().err
-    assert engine.draw(10) == before
-    assert not engine.loop.compiled
+    with running(engine.loop):
+        before = engine.draw(0)
+        upgrade.compile_graphs(engine.loop, engine.model)
+        assert eventually(lambda: len(tried) == 2 and engine.steps.often == SEEN_OFTEN, 30)
+        assert "no such kernel" in capfd.readouterr().err
+        assert engine.draw(10) == before
+        assert not engine.loop.compiled
 
 
 @pytest.mark.parametrize(
@@ -151,12 +148,13 @@ def test_no_other_error_does(error):
 
 def test_compiled_code_comes_in_beside_the_service_and_pictures_stay_the_same(monkeypatch):
     engine, compiled = Engine(1, 2, 4), []
-    without_inductor = lambda function: compiled.append(function) or function  # noqa: E731
-    monkeypatch.setattr(upgrade, "compiled_for_gpu", without_inductor)
-    engine.run()
-    before = engine.draw(0)
-    upgrade.compile_graphs(engine.loop, engine.model)
-    assert eventually(lambda: engine.loop.compiled, 30)
-    assert len(compiled) == 2
-    assert sorted(engine.loop.costs.step) == [1, 2, 4]  # measured anew
-    assert engine.draw(10) == before
+    monkeypatch.setattr(
+        upgrade, "compiled_for_gpu", lambda function: compiled.append(function) or function
+    )  # no Inductor here
+    with running(engine.loop):
+        before = engine.draw(0)
+        upgrade.compile_graphs(engine.loop, engine.model)
+        assert eventually(lambda: engine.loop.compiled, 30)
+        assert len(compiled) == 2
+        assert sorted(engine.loop.costs.step) == [1, 2, 4]  # measured anew
+        assert engine.draw(10) == before

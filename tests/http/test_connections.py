@@ -7,7 +7,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from app.protocol import HEAD_LIMIT, RECEIVE_S
+from app.http.protocol import HEAD_LIMIT, RECEIVE_S
 from tests.conftest import APPLE, PLAIN
 
 HEAD = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.api.models import _card
 from app.engine.messages import VariantReport
-from app.routes.models import _card
 from tests.conftest import APPLE, PLAIN, eventually
 from tests.models import oracle
 

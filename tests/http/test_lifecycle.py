@@ -50,7 +50,7 @@ def test_an_answer_that_would_come_too_late_is_a_504_or_a_429(server):
     assert response.json()["field"] == "timeout"
 
 
-def test_a_timeout_no_machine_could_meet_is_refused_at_the_door(server):
+def test_a_timeout_no_machine_could_meet_is_refused_at_admission(server):
     response = httpx.post(f"{server.url}/generate", json={**APPLE, "timeout": 0.001}, timeout=10)
     assert (response.status_code, response.json()["field"]) == (422, "timeout")
 
@@ -153,7 +153,7 @@ def test_a_killed_engine_fails_its_requests_at_once_and_comes_back(start_server)
 
 
 def test_a_hung_engine_is_not_ready_then_killed_and_deaths_in_a_row_wait_longer(start_server):
-    server = start_server(first="import app.engine.client; app.engine.client.HUNG_S = 8.0").wait_until_ready()
+    server = start_server(first="import app.engine.process; app.engine.process.HUNG_S = 8.0").wait_until_ready()
     with server.stopped_engine() as engine:
         assert eventually(lambda: "lately" in httpx.get(f"{server.url}/ready").text, 30)
         assert engine.is_running()

@@ -1,14 +1,15 @@
 """What an Accept header asks for: JSON, or a bare picture in one of our formats."""
 
+from app import errors
+from app.api.schemas import GenerateRequest
+from app.errors import Problem
 from app.images import MEDIA_TYPES
-from app.problems import NotAcceptable
-from app.schemas import GenerateRequest
 
 JSON = ("application/json", "application/*", "*/*")
 
 
 def choose_format(accept: str | None, body: GenerateRequest) -> str | None:
-    """The format of a bare picture, or None for JSON. Raises NotAcceptable (RFC 9110, 12.5.1)."""
+    """The format of a bare picture, or None for JSON. Raises Problem (RFC 9110, 12.5.1)."""
     wanted = _parse(accept or "*/*")
     json_quality = max((wanted.get(media, 0.0) for media in JSON), default=0.0)
     pictures = {name: wanted.get(media, wanted.get("image/*", 0.0)) for name, media in MEDIA_TYPES.items()}
@@ -17,12 +18,13 @@ def choose_format(accept: str | None, body: GenerateRequest) -> str | None:
     wants_format = "output_format" in body.model_fields_set and pictures[body.output_format] < best
     if best <= 0 or best < explicit_json or (json_quality > 0 and (body.n > 1 or wants_format)):
         if json_quality <= 0:
-            raise NotAcceptable("ask for application/json or image/*", "accept")
+            raise Problem(errors.NOT_ACCEPTABLE, "ask for application/json or image/*", "accept")
         return None
     if body.n > 1:
-        raise NotAcceptable("a bare picture needs n = 1; ask for application/json to get several", "n")
+        raise Problem(errors.NOT_ACCEPTABLE, "a bare picture needs n = 1; ask for application/json to get several", "n")
     if wants_format:
-        raise NotAcceptable(f"the Accept header excludes output_format {body.output_format!r}", "output_format")
+        detail = f"the Accept header excludes output_format {body.output_format!r}"
+        raise Problem(errors.NOT_ACCEPTABLE, detail, "output_format")
     if pictures[body.output_format] == best:
         return body.output_format
     return next(name for name, quality in pictures.items() if quality == best)

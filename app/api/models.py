@@ -2,12 +2,14 @@
 
 import re
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
-from app.engine.client import EngineClient
+from app import errors
+from app.api.deps import FleetDep
+from app.api.problems import declare
+from app.api.schemas import ModelCard, ModelList
 from app.engine.messages import VariantReport
-from app.problems import UnknownModel
-from app.schemas import ModelCard, ModelList
+from app.errors import Problem
 
 router = APIRouter(prefix="/v1/models")
 
@@ -15,23 +17,20 @@ PATH = re.compile(r"(?<![^\s'\"(])/[^\s'\")]+")  # where files lie is the operat
 RELEASED = 1708473600  # 2024-02-21, the day SDXL-Lightning was released
 
 
-@router.get("")
-async def list_models(request: Request) -> ModelList:
+@router.get("", responses=declare(503))
+async def list_models(fleet: FleetDep) -> ModelList:
     """Every variant and where its weights are: resident, loading, failed or on disk."""
-    engine: EngineClient = request.app.state.engine
-    family = engine.require_ready().family
-    report = engine.report
+    family, report = fleet.require_ready().family, fleet.report
     return ModelList(data=[_card(variant, family) for variant in (report.variants if report else [])])
 
 
-@router.get("/{name}")
-async def get_model(name: str, request: Request) -> ModelCard:
+@router.get("/{name}", responses=declare(404, 503))
+async def get_model(name: str, fleet: FleetDep) -> ModelCard:
     """One variant."""
-    cards = (await list_models(request)).data
-    for card in cards:
-        if card.id == name:
-            return card
-    raise UnknownModel(f"there is no such model; there are {', '.join(card.id for card in cards)}", "model")
+    cards = {card.id: card for card in (await list_models(fleet)).data}
+    if name not in cards:
+        raise Problem(errors.UNKNOWN_MODEL, f"there is no such model; there are {', '.join(cards)}", "model")
+    return cards[name]
 
 
 def _card(variant: VariantReport, family: str) -> ModelCard:
@@ -42,5 +41,5 @@ def _card(variant: VariantReport, family: str) -> ModelCard:
         steps=variant.steps,
         state=variant.state,
         resident_bytes=variant.resident_bytes,
-        reason=PATH.sub("...", variant.reason),
+        reason=variant.reason and PATH.sub("...", variant.reason),
     )

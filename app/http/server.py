@@ -8,8 +8,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from app.engine.client import EngineClient
-from app.protocol import Protocol
+from app.engine.fleet import Fleet
+from app.http.protocol import Protocol
 from app.settings import Settings
 
 log = logging.getLogger("app.server")
@@ -21,7 +21,7 @@ KEEP_ALIVE_S = 75  # above the 60 s that load balancers keep a connection, so th
 class Server(uvicorn.Server):
     """A uvicorn server that keeps its port open while it drains."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, fleet: Fleet) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self._engine: EngineClient = app.state.engine
+        self._fleet = fleet
         self._drain_s = settings.drain_s
         self._draining_since: float | None = None
 
@@ -45,23 +45,23 @@ class Server(uvicorn.Server):
         now = time.monotonic()
         if self._draining_since is None:
             self._draining_since = now
-            self._engine.draining = True
+            self._fleet.draining = True
         elif sig == signal.SIGINT and now - self._draining_since > SECOND_S:
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second."""
-        if self._engine.fatal is not None:
-            log.error(self._engine.fatal)
+        if self._fleet.fatal is not None:
+            log.error(self._fleet.fatal)
             self.should_exit = True
         if self._draining_since is not None and not self.should_exit:
             waited = time.monotonic() - self._draining_since
-            self.should_exit = not self._engine.is_busy or waited > self._drain_s
+            self.should_exit = not self._fleet.is_busy or waited > self._drain_s
         return await super().on_tick(counter)
 
 
-def serve(app: FastAPI, settings: Settings) -> int:
+def serve(app: FastAPI, settings: Settings, fleet: Fleet) -> int:
     """Serve until told to stop; returns the process's exit code."""
-    server = Server(app, settings)
+    server = Server(app, settings, fleet)
     server.run()
-    return 1 if app.state.engine.fatal or not server.started else 0
+    return 1 if fleet.fatal or not server.started else 0

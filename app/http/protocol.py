@@ -8,6 +8,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app import errors
+from app.errors import MEDIA_TYPE, Problem, document
+
 RECEIVE_S = 10.0  # for a request to arrive, from its first byte (or the connection's start) to its last
 HEAD_LIMIT = 32 << 10  # bytes of a request that are not its body: line, headers, framing of chunks, trailers
 PIPELINED = 8  # requests that may wait behind one in work while we go on reading
@@ -67,9 +70,10 @@ class Protocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, or has too large a head."""
         if self._head > HEAD_LIMIT:
-            self._refuse(HTTPStatus(431), "header_too_large", f"the headers are over the limit of {HEAD_LIMIT} bytes")
+            detail = f"the headers are over the limit of {HEAD_LIMIT} bytes"
+            self._refuse(Problem(errors.HEADER_TOO_LARGE, detail))
         else:
-            self._refuse(HTTPStatus(400), "bad_request", "this is no HTTP/1.1 request")
+            self._refuse(Problem(errors.BAD_REQUEST, "this is no HTTP/1.1 request"))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
@@ -83,19 +87,16 @@ class Protocol(HttpToolsProtocol):
     def _too_slow(self) -> None:
         self._deadline = None
         if self._working is not None and not self._working.response_complete:
-            self.cycle.keep_alive = False  # app.middleware answers, or has; the connection ends with that
+            self.cycle.keep_alive = False  # app.http.limits answers, or has; the connection ends with that
         else:
-            self._refuse(HTTPStatus(408), "too_slow", f"the request did not arrive within {RECEIVE_S:g} s")
+            self._refuse(Problem(errors.TOO_SLOW, f"the request did not arrive within {RECEIVE_S:g} s"))
 
-    def _refuse(self, status: HTTPStatus, code: str, detail: str) -> None:
+    def _refuse(self, problem: Problem) -> None:
         """Answer and hang up; without a word where an answer would be taken for another request's."""
         is_answered = self.cycle is not None and self.scope is self.cycle.scope
         is_behind = self._working is not None and not self._working.response_complete
         if self._head > 0 and not is_answered and not is_behind:
-            problem = {"type": "about:blank", "title": status.phrase, "status": status, "code": code, "detail": detail}
-            body = json.dumps(problem).encode()
-            head = (
-                f"HTTP/1.1 {status} {status.phrase}\r\nconnection: close\r\ncontent-type: application/problem+json\r\n"
-            )
+            status, body = HTTPStatus(problem.cause.status), json.dumps(document(problem)).encode()
+            head = f"HTTP/1.1 {status} {status.phrase}\r\nconnection: close\r\ncontent-type: {MEDIA_TYPE}\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()

@@ -1,13 +1,13 @@
-"""The wire format of the public API: what may be asked, and what is answered."""
+"""The wire format of our own API: what may be asked, and what is answered. null means the same as absent."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
+from app.order import SEED_LIMIT
+
 OutputFormat = Literal["png", "jpeg", "webp"]
-SEED_LIMIT = 2**32
-ABSENT = -1  # a seed that no request can name
 STEPS = (1, 2, 4, 8)
 
 
@@ -22,52 +22,46 @@ class GenerateRequest(BaseModel):
     )
 
     prompt: StrictStr = Field(min_length=1, max_length=2000, description="what to draw")
-    steps: StrictInt = Field(
-        default_factory=int,
+    steps: StrictInt | None = Field(
+        None,
         ge=1,
         validation_alias=AliasChoices("steps", "num_inference_steps"),
         description="1, 2, 4 or 8 (4 if absent); alone, it means the UNet variant",
-        json_schema_extra={"enum": [1, 2, 4, 8]},
+        json_schema_extra={"enum": [1, 2, 4, 8, None]},
     )
-    variant: StrictStr = Field(
-        default_factory=str,
+    variant: StrictStr | None = Field(
+        None,
         validation_alias=AliasChoices("variant", "model"),
         max_length=64,
         description="weights by name, as GET /v1/models lists them, e.g. 4step-lora",
     )
     n: StrictInt = Field(1, ge=1, le=8, description="number of pictures; picture k has seed + k")
-    seed: StrictInt = Field(default_factory=lambda: ABSENT, ge=0, lt=SEED_LIMIT, description="random if absent")
-    width: StrictInt = Field(default_factory=int, ge=8, le=4096, description="pixels; the model's own size if absent")
-    height: StrictInt = Field(default_factory=int, ge=8, le=4096, description="pixels; the model's own size if absent")
-    size: StrictStr = Field(
-        default_factory=str,
-        pattern=r"^[1-9]\d{0,3}x[1-9]\d{0,3}$",
-        description="WIDTHxHEIGHT, instead of both",
+    seed: StrictInt | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
+    width: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the model's own size if absent")
+    height: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the model's own size if absent")
+    size: StrictStr | None = Field(
+        None, pattern=r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$", description="WIDTHxHEIGHT, instead of both"
     )
-    guidance_scale: StrictFloat = Field(0.0, description="0 or absent: Lightning has no guidance")
-    negative_prompt: StrictStr = Field("", max_length=2000, description="empty or absent: Lightning has no guidance")
+    guidance_scale: StrictFloat | None = Field(None, description="0 or absent: Lightning has no guidance")
+    negative_prompt: StrictStr | None = Field(
+        None, max_length=2000, description="empty or absent: Lightning has no guidance"
+    )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
-    timeout: StrictFloat = Field(
-        default_factory=float,
-        gt=0,
-        description="seconds after which the answer is of no use; 30 if absent",
+    timeout: StrictFloat | None = Field(
+        None, gt=0, description="seconds after which the answer is of no use; 30 if absent"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _no_nulls(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name, value in data.items():
-                if value is None:
-                    raise _refusal(name, "null is not accepted; leave the field out to get its default")
-        return data
+    def _null_is_absent(cls, data: object) -> object:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
-        if self.steps not in (0, *STEPS):
+        if self.steps is not None and self.steps not in STEPS:
             raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
-        if self.guidance_scale != 0:
+        if self.guidance_scale:
             raise _refusal("guidance_scale", "must be 0 or absent: SDXL-Lightning is distilled to run without guidance")
         if self.negative_prompt:
             raise _refusal(
@@ -75,13 +69,12 @@ class GenerateRequest(BaseModel):
             )
         if self.size and (self.width or self.height):
             raise _refusal("size", "cannot be given together with width or height")
-        if self.seed >= 0 and self.seed + self.n > SEED_LIMIT:
+        if self.seed is not None and self.seed + self.n > SEED_LIMIT:
             raise _refusal("seed", f"must be at most {SEED_LIMIT - self.n} for n = {self.n}, as picture k has seed + k")
         return self
 
 
 def _refusal(field: str, text: str) -> PydanticCustomError:
-    field = field.encode(errors="replace").decode()  # a name may hold lone surrogates, which pydantic cannot pass on
     return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
 
 
@@ -117,7 +110,7 @@ class ModelCard(BaseModel):
     steps: int
     state: str
     resident_bytes: int
-    reason: str = ""
+    reason: str | None = None
 
 
 class ModelList(BaseModel):
@@ -125,6 +118,23 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Live(BaseModel):
+    """The answer of /live."""
+
+    status: Literal["live"]
+
+
+class ReadyBody(BaseModel):
+    """The answer of /ready. resident: variants whose weights are in memory. compiled: all code is at its fastest."""
+
+    status: Literal["ready"]
+    family: str
+    device: str
+    dtype: str
+    resident: list[str]
+    compiled: bool
 
 
 class ProblemBody(BaseModel):

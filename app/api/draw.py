@@ -1,0 +1,122 @@
+"""From an Order to pictures, for every API: run it, leave with its client, and make files of what was drawn."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from app import errors, images
+from app.api.deps import Parts
+from app.engine.jobs import Job
+from app.engine.messages import Done
+from app.engine.queue import Accepted, Event
+from app.errors import Problem
+from app.order import Limits, Order, resolve
+from models.catalog import CATALOG
+
+ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
+INLINE_PIXELS = 256 * 256
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture file and what drew it."""
+
+    file: bytes
+    job: Job
+    done: Done
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An order's pictures. timings_ms: by stage, the slowest picture's in the engine, then all to files, then all."""
+
+    pictures: list[Picture]
+    timings_ms: dict[str, float]
+
+
+async def draw(order: Order, output_format: str, quality: int, request: Request, parts: Parts) -> Drawn:
+    """Draw an order and make its files. Raises Problem; when the client leaves first, its jobs leave the engine."""
+    start = time.monotonic()
+    jobs, done = await _unless_the_client_leaves(request, _drawn(order, request, parts))
+    encoding = time.monotonic()
+    files = [await _file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
+    end = time.monotonic()
+    parts.metrics.image_encode.observe((end - encoding) / len(files))
+    pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
+    return Drawn(pictures, _timings(done, end - encoding, end - start))
+
+
+async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
+    """What becomes of an order: Accepted, Stepped where that is wanted, and Done for each picture. Raises Problem.
+    Close this iterator to take the jobs out of the engine."""
+    family, settings = CATALOG[parts.fleet.require_ready().family], parts.settings
+    limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
+    jobs = resolve(order, family, limits, time.monotonic())
+    request.state.variant = jobs[0].weights.variant
+    async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
+        async for event in events:
+            yield event
+
+
+async def _drawn(order: Order, request: Request, parts: Parts) -> tuple[tuple[Job, ...], list[Done]]:
+    """An order's jobs, and what the engine drew for each."""
+    jobs: tuple[Job, ...] = ()
+    done: dict[int, Done] = {}
+    async with aclosing(watch(order, request, parts, wants_steps=False)) as events:
+        async for event in events:
+            match event:
+                case Accepted():
+                    jobs = event.jobs
+                case Done(id):
+                    done[id] = event
+    return jobs, [done[job.id] for job in jobs]
+
+
+async def _unless_the_client_leaves(request: Request, drawing: Coroutine[Any, Any, T]) -> T:
+    """Await the drawing; when the client goes first, cancel it, which takes its jobs out of the engine."""
+    work = asyncio.create_task(drawing)
+    gone = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            request.state.client_left = True
+            raise Problem(errors.CLIENT_LEFT)
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _file(job: Job, done: Done, output_format: str, quality: int) -> bytes:
+    parameters = {
+        "Steps": job.steps,
+        "Sampler": "Euler",
+        "Schedule type": "SGM Uniform",  # what other tools call trailing timesteps
+        "CFG scale": 0,
+        "Seed": job.seed,
+        "Size": f"{done.width}x{done.height}",
+        "Model": f"sdxl-lightning-{job.weights.variant}",
+    }
+    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters)
+    if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
+        return images.encode(*arguments)
+    return await run_in_threadpool(images.encode, *arguments)
+
+
+def _timings(done: Sequence[Done], image: float, total: float) -> dict[str, float]:
+    stages = {stage: max(each.seconds.get(stage, 0.0) for each in done) for stage in ENGINE_STAGES}
+    return {name: round(seconds * 1000, 3) for name, seconds in {**stages, "image": image, "total": total}.items()}

@@ -1,0 +1,171 @@
+"""One engine process: started, asked whether it is alive, killed when it hangs, and started again when it dies."""
+
+import asyncio
+import contextlib
+import ctypes.util
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from app.engine import wire
+from app.engine.costs import Costs
+from app.engine.messages import EngineConfig, Fatal, FromEngine, Measured, Ping, Ready, Report, ToEngine, Worked
+
+log = logging.getLogger("app.engine")
+
+PING_S = 1.0  # between two pings
+HUNG_S = 20.0  # without an answer for this long, the engine is killed and started again
+FRESH_S = 3.0  # readiness wants an answer not older than this
+BACK_OFF_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the next start, by deaths in a row
+SETTLED_S = 60.0  # an engine that lived this long starts again at once
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # our log is JSON lines
+LEARN = 0.02  # of a call's drift from its measured cost is learned at once
+
+# glibc gives large blocks back to the kernel at once, and takes them again for the next layer: a fifth of a decode.
+KEEP_MEMORY = (
+    "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=536870912:glibc.malloc.top_pad=67108864"
+)
+
+
+def allocator() -> dict[str, str]:
+    """Environment of an engine that reuses its memory: tcmalloc where it is installed, else a patient glibc."""
+    tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
+    return {"LD_PRELOAD": tcmalloc} if tcmalloc else {"GLIBC_TUNABLES": KEEP_MEMORY}
+
+
+class EngineProcess:
+    """ready, report, costs: what the engine said last; ready is None while it does not serve. fatal: why it can never
+    start. hear: takes its other messages. died: is called at each death."""
+
+    def __init__(self, config: EngineConfig, hear: Callable[[FromEngine], None], died: Callable[[], None]) -> None:
+        self.config, self._hear, self._died = config, hear, died
+        self.ready: Ready | None = None
+        self.report: Report | None = None
+        self.costs: Costs | None = None
+        self.fatal: str | None = None
+        self._drift = 1.0
+        self._last_answer = 0.0
+        self._unanswered = 0
+        self._has_served = False
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to start the engine; returns at once."""
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """Close the pipe; the engine leaves with it."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+
+    def send(self, message: ToEngine) -> None:
+        """Put a message on the wire; never blocks. It is lost where the engine has gone: its jobs have failed then."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(wire.frame(message))
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the engine serves, and answered a moment ago."""
+        return self.ready is not None and time.monotonic() - self._last_answer < FRESH_S + PING_S
+
+    @property
+    def prices(self) -> Costs | None:
+        """What the engine measured at its start, as it drifted since: the machine may be busier now."""
+        return self.costs.scaled(self._drift) if self.costs is not None else None
+
+    async def _supervise(self) -> None:
+        deaths = 0
+        while True:
+            started = time.monotonic()
+            try:
+                await self._live()
+            except asyncio.IncompleteReadError:
+                log.debug("the engine's pipe ended")
+            except Exception:
+                log.exception("the engine or its pipe failed")
+            finally:
+                await self._bury()
+            if self.fatal is not None:
+                return
+            deaths = 1 if time.monotonic() - started > SETTLED_S else deaths + 1
+            pause = BACK_OFF_S[min(deaths - 1, len(BACK_OFF_S) - 1)]
+            log.error("the engine died; starting it again in %.0f s", pause)
+            await asyncio.sleep(pause)
+
+    async def _live(self) -> None:
+        """One life of the engine, from its start to the end of its pipe."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno())),
+                msgspec.json.encode(self.config).decode(),
+                pass_fds=[theirs.fileno()],
+                env={**QUIET, **allocator(), **os.environ},
+                start_new_session=True,  # a Ctrl-C in the terminal is for us to act on
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        pinging = asyncio.create_task(self._ping())
+        try:
+            while True:
+                self._receive(await wire.read(reader))
+        finally:
+            pinging.cancel()
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            if self.ready is None:
+                continue
+            self.send(Ping())
+            self._unanswered += 1  # counted, not timed: where the whole machine paused, nobody hung
+            if self._unanswered * PING_S > HUNG_S and self._process is not None:
+                log.error("the engine has not answered for %.0f s; killing it", HUNG_S)
+                self._process.kill()
+
+    async def _bury(self) -> None:
+        """The engine has gone, or must: nobody may wait for it any longer."""
+        self.ready = None
+        if self.report is not None:  # what it held has gone with it
+            gone = [msgspec.structs.replace(row, state="on disk", resident_bytes=0) for row in self.report.variants]
+            self.report = Report(gone, None, 0, False)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._died()
+        if self._process is not None:
+            try:
+                async with asyncio.timeout(2):
+                    await self._process.wait()
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Ready():
+                self.ready, self.costs, self.report = message, message.costs, message.report
+                self._has_served = True
+                self._drift, self._last_answer, self._unanswered = 1.0, time.monotonic(), 0
+                log.info("ready: %s on %s in %s", message.family, message.device, message.dtype)
+            case Measured(costs):
+                self.costs, self._drift = costs, 1.0
+            case Report():
+                self.report, self._last_answer, self._unanswered = message, time.monotonic(), 0
+            case Fatal(reason):
+                log.error("the engine cannot start: %s", reason)
+                if not self._has_served:
+                    self.fatal = reason
+            case _:
+                if isinstance(message, Worked) and message.stage == "denoise" and self.costs is not None:
+                    times = message.seconds / self.costs.step_seconds(message.rows, message.pixels)
+                    self._drift = min(10.0, max(0.5, (1 - LEARN) * self._drift + LEARN * times))
+                self._hear(message)

@@ -1,0 +1,1 @@
+"""What every request passes before and after its API: the server, the limits and the ledger."""

@@ -1,0 +1,80 @@
+"""An Order is what any API asks for; resolve() turns it into jobs for the engine, or refuses it by the field's name."""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+from app import errors
+from app.engine.jobs import Job, new_id
+from app.errors import Problem
+from models.catalog import Family, Variant, Weights
+
+DEFAULT_STEPS = 4
+SEED_LIMIT = 2**32
+
+
+@dataclass(frozen=True)
+class Order:
+    """One request for n pictures. None: left to us.
+
+    owner: who asks, so that the same order from somebody else is another one. width, height: pixels. timeout: seconds
+    after which the pictures are of no use. Picture k of n has seed + k.
+    """
+
+    owner: str
+    prompt: str
+    variant: str | None = None
+    styles: tuple[tuple[str, float], ...] = ()
+    steps: int | None = None
+    seed: int | None = None
+    n: int = 1
+    width: int | None = None
+    height: int | None = None
+    timeout: float | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The same when the same owner sends the same order again: how a promise of Retry-After is recognised."""
+        return hashlib.sha256(repr(self).encode(errors="surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one order may ask of this server. Seconds; pixels of all its pictures together."""
+
+    timeout_s: float
+    max_timeout_s: float
+    max_pixels: int
+
+
+def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Job]:
+    """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock.
+    Raises Problem for what the family does not draw or the server does not allow."""
+    variant = _variant(order, family)
+    width, height = order.width or family.size.default, order.height or family.size.default
+    for side, pixels in (("width", width), ("height", height)):
+        if refusal := family.size.refusal(side, pixels):
+            raise Problem(errors.INVALID, refusal, side)
+    if order.n * width * height > limits.max_pixels:
+        detail = f"n x width x height must be at most {limits.max_pixels} pixels on this server"
+        raise Problem(errors.INVALID, detail, "n" if order.n > 1 else "width")
+    if order.timeout is not None and order.timeout > limits.max_timeout_s:
+        raise Problem(errors.INVALID, f"timeout must be at most {limits.max_timeout_s:g} s on this server", "timeout")
+    weights = Weights(variant.name, order.styles)
+    seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
+    deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
+    return [
+        Job(new_id(), order.prompt, weights, variant.steps, seed + k, height, width, deadline) for k in range(order.n)
+    ]
+
+
+def _variant(order: Order, family: Family) -> Variant:
+    """The weights an order means: by name, or the UNet of its step count."""
+    name = order.variant or f"{order.steps or DEFAULT_STEPS}step-unet"
+    variant = family.variants.get(name)
+    if variant is None:
+        raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
+    if order.steps is not None and order.steps != variant.steps:
+        detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
+        raise Problem(errors.INVALID, detail, "steps")
+    return variant
