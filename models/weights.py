@@ -95,7 +95,7 @@ class WeightStore:
 
     def _find(self, component: Component, file: str, local_folder: str, download: bool) -> Path:
         if self.directory is not None:
-            return self._find_locally(self.directory / local_folder, file)
+            return self._find_locally(self.directory, Path(local_folder) / file)
         assert component.repository is not None, "a family has repositories, or a directory of its own"
         repository = self.family.repositories[component.repository]
         name = f"{component.folder}/{file}" if component.folder else file
@@ -116,12 +116,13 @@ class WeightStore:
             raise
         return path
 
-    def _find_locally(self, folder: Path, file: str) -> Path:
-        for name in (file, file.replace(".fp16.", ".")):
-            if (folder / name).is_file():
-                return folder / name
+    def _find_locally(self, directory: Path, file: Path) -> Path:
+        for name in (file.name, file.name.replace(".fp16.", ".")):
+            path = directory / file.with_name(name)
+            if path.is_file():
+                return path
         raise MissingWeights(
-            f"{file} of {self.family.name} is not in {folder}. "
+            f"{file} of {self.family.name} is not in {directory}. "
             "Put the file there, or set MODEL_DIR to a directory that has it."
         )
 

@@ -55,7 +55,14 @@ class GenerateRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: object) -> object:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        known = {name: value for name, value in data.items() if value is not None or name not in NAMES}
+        for name in known.keys() - NAMES:
+            raise _refusal(
+                name.encode(errors="replace").decode(), "there is no such field"
+            )  # with lone surrogates, too
+        return known
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -72,6 +79,9 @@ class GenerateRequest(BaseModel):
         if self.seed is not None and self.seed + self.n > SEED_LIMIT:
             raise _refusal("seed", f"must be at most {SEED_LIMIT - self.n} for n = {self.n}, as picture k has seed + k")
         return self
+
+
+NAMES = {*GenerateRequest.model_fields, "num_inference_steps", "model"}
 
 
 def _refusal(field: str, text: str) -> PydanticCustomError:
