@@ -112,4 +112,5 @@ def _filled(
     weights.check_fit(module.state_dict(), state, part)
     module.load_state_dict(state, strict=True, assign=True)
     module = module.to(place, dtype).eval().requires_grad_(False)
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    laid_out: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return laid_out
