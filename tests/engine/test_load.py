@@ -1,0 +1,68 @@
+"""What is opened before the first request, on how many threads, and what is measured of it."""
+
+import msgspec
+import pytest
+import torch
+
+from app.engine import warmup
+from app.engine.cores import lower
+from app.engine.load import open_model
+from app.engine.messages import EngineConfig
+from app.settings import EngineSettings
+from models.device import NoDevice
+from models.weights import MissingWeights
+
+
+def config(**changes: object) -> EngineConfig:
+    plain = EngineSettings(model="embedded", device="cpu", dtype="float32", threads=1, compile=False).engine_config()
+    return msgspec.structs.replace(plain, **changes)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "allowed"),
+    [
+        (8, "max 100000", 8),
+        (8, "-1 100000", 8),
+        (8, "200000 100000", 2),
+        (8, "150000 100000", 1),
+        (8, "50000 100000", 1),
+        (2, "400000 100000", 2),
+    ],
+)
+def test_threads_are_the_lower_of_affinity_and_quota(cores, quota, allowed):
+    assert lower(cores, quota) == allowed
+
+
+def test_what_is_to_be_resident_is_and_nothing_else():
+    model = open_model(config(preload=["2step-lora"]))
+    assert [row.name for row in model.registry.status() if row.state == "resident"] == ["2step-lora"]
+    assert (model.workers, model.batches, model.dtype, model.device.name) == (1, (1, 2, 4, 8, 16), "float32", "cpu")
+
+
+def test_an_unknown_name_in_preload_is_refused_with_those_there_are():
+    with pytest.raises(MissingWeights, match="no such variant: 3step-unet; there are 1step-unet"):
+        open_model(config(preload=["3step-unet"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_refused_in_words():
+    with pytest.raises(NoDevice, match="leave DEVICE out"):
+        open_model(config(device="cuda"))
+
+
+def test_a_costly_picture_is_measured_once_and_no_batch_is(monkeypatch):
+    model = open_model(config(preload=["1step-unet"]))
+    decode, calls = model.pipeline.decoder, []
+    model.pipeline.decoder = lambda latents: calls.append(len(latents)) or decode(latents)
+    assert sorted(model.measure((1, 2)).decode) == [1, 2]
+    monkeypatch.setattr(warmup, "COSTLY_S", 0.0)
+    calls.clear()
+    costs = model.measure((1, 2, 4, 8, 16))
+    assert (calls, list(costs.step), list(costs.decode), costs.pixels) == ([1], [1], [1], 128 * 128)
