@@ -24,10 +24,12 @@ RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
 # What the server asks for (not what its tests and benchmark do), and torch's pin in a file of its own, so that a change
 # of the lock's other pins leaves the largest layer alone.
 FROM python AS pins
+ARG DEVICE
 COPY pyproject.toml requirements.lock /
 RUN grep '^torch==' /requirements.lock > /torch.txt \
-    && python3 -c 'import tomllib; project = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
-        print(*project["dependencies"], sep="\n")' > /server.txt
+    && python3 -c 'import sys, tomllib; project = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
+        extra = project["optional-dependencies"].get(sys.argv[1], []); \
+        print(*project["dependencies"], *extra, sep="\n")' "${DEVICE}" > /server.txt
 
 
 # The image's own layers from here on, pip being lent to them: copied from elsewhere, /opt/venv would be one layer of
@@ -53,28 +55,6 @@ RUN --mount=type=bind,from=pip,source=/opt/pip,target=/opt/pip \
     /opt/pip/bin/pip install -r /opt/server.txt -c /opt/requirements.lock
 
 
-# The CPU's ahead-of-time code (models/compiled.py), for the CPU and half the threads of this build, since the engine
-# makes two calls at a time (LANES in app/engine/worker.py). Made here, so that the image needs no compiler and its code lies where the server cannot write. Elsewhere: served uncompiled.
-FROM dependencies AS compiled-cpu
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
-WORKDIR /src
-COPY models models
-ARG THREADS
-RUN dtype=$(/opt/venv/bin/python -c 'import torch; \
-        print("bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32")') \
-    && threads=${THREADS:-$(nproc)} \
-    && OMP_NUM_THREADS=$((threads > 1 ? threads / 2 : 1)) /opt/venv/bin/python -m models.compiled embedded /compiled "${dtype}"
-
-FROM python AS compiled-cuda
-RUN mkdir /compiled
-
-# hadolint ignore=DL3006
-FROM compiled-${DEVICE} AS compiled
-
-
 FROM pip AS code
 RUN /opt/pip/bin/pip install --no-cache-dir 'setuptools>=77'
 WORKDIR /src
@@ -92,13 +72,13 @@ LABEL org.opencontainers.image.title="sdxl-lightning-server" \
 # A named volume mounted on either folder takes over its owner, so that uid 10001 can write there.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin server \
     && install -d -o server -g server /var/cache/sdxl-lightning /var/lib/huggingface
-COPY --from=compiled --chown=10001:10001 /compiled /var/cache/sdxl-lightning
 COPY docker/healthcheck.py /opt/healthcheck.py
 COPY --from=code /opt/server /opt/server
 ENV PATH=/opt/server/bin:/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/server \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1 \
     DIFFUSERS_DISABLE_REMOTE_CODE=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HOST=0.0.0.0 \

@@ -8,7 +8,6 @@ import sys
 import time
 
 from app import images
-from app.engine import upgrade
 from app.engine.load import Model, open_model
 from app.settings import EngineSettings
 from models.catalog import Weights
@@ -26,8 +25,8 @@ def main() -> None:
     """Warm up as the server does, say so, and serve the standard input."""
     config = EngineSettings().engine_config()
     model = open_model(config)
-    upgrade.prepare(model, config)
     model.measure(model.batches[: model.device.first_batches])
+    model.device.finish(model.registry)
     print(json.dumps({"compiled": model.registry.bind is not None}), flush=True)
     for line in sys.stdin:
         ask = json.loads(line)

@@ -1,5 +1,6 @@
 """The device that computes, as pipeline and registry see it: here a CPU. models/gpu/device.py has a GPU's."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from models.modules import UNet
 
 if TYPE_CHECKING:
     from models.pipeline import Pipeline
+    from models.registry import Registry
 
 
 class NoDevice(Exception):
@@ -38,6 +40,7 @@ class Device:
     decodes_at_a_time: int | None = None
     max_batch = 16  # rows
     first_batches: int | None = None
+    most_bound: int | None = None  # functions made for weight sets that are kept; the least recently used goes
     is_fast = False  # enough for SDXL to be what is served by default, where its weights are here
     first_call_is_typical = True  # where a first call records or compiles, its time says nothing
 
@@ -56,10 +59,16 @@ class Device:
             raise NoDevice("FP8=1 needs a GPU that multiplies fp8 (compute capability 8.9 or higher)")
         return UNet(config)
 
-    def prepare(self, pipeline: "Pipeline", unet: UNet) -> dict[str, float] | None:
-        """Before the warm-up: give the pipeline what is faster than its modules. Returns milliseconds of a step by what
-        was tried on the way; None where the modules stay."""
-        return None
+    def prepare(self, pipeline: "Pipeline", registry: "Registry") -> dict[str, float]:
+        """Before the warm-up: give the pipeline and the registry what is faster than their modules. Returns
+        milliseconds of a step by what was tried on the way, if anything was."""
+        return {}
+
+    def later(self, registry: "Registry", done: Callable[[], None]) -> None:
+        """Begin, beside the service, what needs no turn of its own. done: is called when that is there."""
+
+    def finish(self, registry: "Registry") -> None:
+        """The same at once, where there is no service yet."""
 
     def join_steps(self) -> None:
         """Put what this thread does from now on in one order with all other threads that encode and step."""

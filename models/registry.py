@@ -50,12 +50,17 @@ class Registry:
         self.active: Weights | None = None
         self.switches = 0
         self.bind: Callable[[WeightSet], UNetFunction] | None = None
-        self._bound: dict[Weights, UNetFunction] = {}
+        self._bound: OrderedDict[Weights, UNetFunction] = OrderedDict()
         self._sets: list[OrderedDict[Weights, WeightSet]] = [OrderedDict() for _ in tiers]
         self._loading: set[Weights] = set()
         self._failed: dict[Weights, str] = {}
         self._lock = threading.Lock()
         self._one_load = threading.Lock()  # two loads at once would need twice the memory
+
+    @property
+    def bytes_of_a_set(self) -> int:
+        """What one weight set takes in memory."""
+        return self._reader.bytes_of_one
 
     def schedule(self, variant: str, steps: int) -> Schedule:
         """The table of a variant at a step count, on the device; made once. Raises ValueError for steps that the
@@ -114,14 +119,18 @@ class Registry:
                     self.device.wait()  # or the set might be evicted, and its memory used anew, before it is read
             if self.bind is None:
                 return self.unet
-            if weights not in self._bound:
-                self._bound[weights] = self.bind(weight_set)
-            return self._bound[weights]
+            return self._function(weights, weight_set)
 
     def use_compiled(self, bind: Callable[[WeightSet], UNetFunction]) -> None:
         """From the next use() on, run compiled code bound to each weight set instead of the module."""
         with self._lock:
             self.bind, self.active = bind, None
+
+    def bind_all(self) -> None:
+        """Make the functions of all resident weight sets now, not at their first use."""
+        with self._lock:
+            for weights, weight_set in [each for tier in self._sets for each in tier.items()]:
+                self._function(weights, weight_set)
 
     def status(self) -> list[VariantStatus]:
         """One line per variant, in the catalog's order."""
@@ -137,6 +146,15 @@ class Registry:
         reason = next((reason for weights, reason in self._failed.items() if is_of(weights, name)), None)
         return VariantStatus(name, "on disk" if reason is None else "failed", reason=reason)
 
+    def _function(self, weights: Weights, weight_set: WeightSet) -> UNetFunction:
+        assert self.bind is not None
+        if weights not in self._bound:
+            self._bound[weights] = self.bind(weight_set)
+        self._bound.move_to_end(weights)
+        while self.device.most_bound is not None and len(self._bound) > self.device.most_bound:
+            self._bound.popitem(last=False)
+        return self._bound[weights]
+
     def _touch(self, weights: Weights) -> WeightSet:
         for tier in self._sets:
             if weights in tier:
@@ -146,7 +164,7 @@ class Registry:
 
     def _read(self, weights: Weights) -> WeightSet:
         # Straight to where it will be held, if it fits there: fused and laid out on the GPU, which is faster.
-        fits = self._reader.bytes_of_one <= self.tiers[0].budget
+        fits = self.bytes_of_a_set <= self.tiers[0].budget
         return self.unet.packed(self._reader.read(weights, self.tiers[0].place if fits else "cpu"))
 
     def _hold(self, weights: Weights, weight_set: WeightSet, first_tier: int) -> None:

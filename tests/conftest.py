@@ -35,6 +35,7 @@ class ServerProcess:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        # As plain modules, which start faster than what the CPU would compile.
         defaults = {"DTYPE": "float32", "COMPILE": "0", "MODEL": "embedded", "THREADS": "1", "PORT": str(self.port)}
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
@@ -121,8 +122,8 @@ class ServerProcess:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One server for all tests that leave it as they found it."""
-    running = ServerProcess(tmp_path_factory.mktemp("server") / "log").wait_until_ready()
+    """One server for all tests that leave it as they found it; on the code that users are served by."""
+    running = ServerProcess(tmp_path_factory.mktemp("server") / "log", COMPILE="1", THREADS="2").wait_until_ready()
     yield running
     running.stop()
 

@@ -61,10 +61,11 @@ def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
     """Load everything that is there before the first request. Raises one of CANNOT_OPEN."""
     # The only place that asks what kind of device there is.
     on_gpu = torch.cuda.is_available() if config.device is None else config.device == "cuda"
-    device = Gpu(Path(config.cache)) if on_gpu else Device()
     threads = config.threads or usable_cores()
-    workers = min(workers, threads) if device.steps_at_a_time is None else workers
-    torch.set_num_threads(max(1, threads // workers))  # of each worker thread
+    workers = workers if on_gpu else min(workers, threads)
+    per_call = max(1, threads // workers)
+    torch.set_num_threads(per_call)
+    device = Gpu(Path(config.cache)) if on_gpu else _cpu(workers, per_call) if config.compile else Device()
     dtype: torch.dtype = device.default_dtype if config.dtype is None else getattr(torch, config.dtype)
     store = _find_store(config, device)
     preload = choose_preload(store) if config.preload is None else config.preload
@@ -76,8 +77,20 @@ def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
     for name in preload:
         registry.load(Weights(name))
     say("weights loaded", variants=[row.name for row in registry.status() if row.state == "resident"])
+    if attention := device.prepare(pipeline, registry):
+        say("attention measured", milliseconds_per_step=attention)
     largest = config.max_batch or device.max_batch
     return Model(pipeline, registry, workers, tuple(1 << power for power in range(largest.bit_length())))
+
+
+def _cpu(workers: int, threads: int) -> Device:
+    """With OpenVINO where that is installed, which it need not be on a machine with a GPU."""
+    try:
+        from models.cpu.device import Cpu
+    except ImportError:
+        say("OpenVINO is not installed, so this CPU is several times slower: pip install 'sdxl-lightning-server[cpu]'")
+        return Device()
+    return Cpu(workers, threads)
 
 
 def choose_preload(store: WeightStore) -> list[str]:

@@ -27,7 +27,6 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     try:
         model = open_model(config)
-        upgrade.prepare(model, config)
         costs = model.measure(model.batches[: model.device.first_batches])
     except CANNOT_OPEN as error:
         wire.last_word(Fatal(str(error)))

@@ -11,7 +11,7 @@ from bench.gpu.ours import Ours
 from bench.gpu.timing import milliseconds
 from models.gpu.graphs import Graphed, by_calling, on_gpu
 from models.gpu.prepare import DECODED
-from models.vectorised import fold_upsamplers, vectorise
+from models.gpu.vectorised import fold_upsamplers, vectorise
 
 
 def folded_ms(ours: Ours, pixels: int, batches: tuple[int, ...]) -> dict[int, float]:
@@ -26,7 +26,7 @@ def plain_attention_ms(ours: Ours, pixels: int) -> float:
 
 
 def vectorised_ms(ours: Ours, pixels: int, compiled: Callable[..., Any]) -> float:
-    """Of one row, compiled: folded, and with group norms that sum by channel (models.vectorised)."""
+    """Of one row, compiled: folded, and with group norms that sum by channel (models.gpu.vectorised)."""
     return _decode_ms(ours, _recorded(ours, compiled(_rewritten(ours, vectorise, fold_upsamplers))), pixels, 1)
 
 

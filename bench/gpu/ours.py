@@ -33,7 +33,8 @@ class Ours:
         self.use("4step-unet")
         self.synchronize()
         self.load_s = time.perf_counter() - start
-        if device.prepare(self.pipeline, self.unet) is None:
+        device.prepare(self.pipeline, self.registry)
+        if not self.on_gpu:
             use_graphs(self.pipeline, self.unet)
         self.steps = self.pipeline.steps[self.unet]
 

@@ -14,6 +14,7 @@ from models.gpu.prepare import STEPS_PRIORITY, prepare
 from models.gpu.static import StaticUNet
 from models.modules import UNet
 from models.pipeline import Pipeline
+from models.registry import Registry
 
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
 
@@ -58,9 +59,9 @@ class Gpu(Device):
             return super().make_unet(config, dtype, in_fp8)  # which says why not
         return StaticUNet(config, self.name, dtype, in_fp8)
 
-    def prepare(self, pipeline: Pipeline, unet: UNet) -> dict[str, float] | None:
+    def prepare(self, pipeline: Pipeline, registry: Registry) -> dict[str, float]:
         """The fastest attention, and graphs."""
-        return prepare(pipeline, unet)
+        return prepare(pipeline, registry.unet)
 
     def join_steps(self) -> None:
         """The thread that makes the device has joined."""

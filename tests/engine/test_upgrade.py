@@ -38,7 +38,7 @@ class Engine:
         self.pipeline = Pipeline(STORE, device, torch.float32)
         registry = Registry(STORE, device, torch.float32, [Tier("cpu", 1 << 40)])
         registry.load(Weights("1step-unet"))
-        device.prepare(self.pipeline, registry.unet)
+        device.prepare(self.pipeline, registry)
         self.steps = self.pipeline.steps[registry.unet]
         self.model = Model(self.pipeline, registry, 2, batches)
         self.sent: list[FromEngine] = []

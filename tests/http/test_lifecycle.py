@@ -12,15 +12,11 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import compiled
-from models.catalog import CATALOG
-from models.weights import WeightStore
 from tests.conftest import APPLE, START_S, eventually
 
 POST = "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}"
 
 
-GARBAGE = b"PK\x03\x04 was a package once"
 ROWS = 'sdxl_batch_rows_sum{variant="8step-unet"}'
 
 
@@ -239,18 +235,3 @@ def test_sdxl_without_weights_or_network_ends_with_the_way_to_get_them(start_ser
     server = start_server(MODEL="sdxl", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert server.process.wait(120) == 1
     assert any("models fetch" in line["event"] for line in server.log_lines())
-
-
-def test_damaged_compiled_code_is_deleted_and_the_server_serves_without_it(start_server, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the server has; it is part of the file's name
-    recipe = compiled.Recipe(WeightStore(CATALOG["embedded"]), torch.float32, tmp_path)
-    libraries = [recipe.library(part) for part in compiled.PARTS]
-    torch.set_num_threads(threads)
-    for library in libraries:
-        library.write_bytes(GARBAGE)
-    server = start_server(COMPILE="1", CACHE_DIR=str(tmp_path)).wait_until_ready()
-    assert server.generate().status_code == 200
-    assert any("unusable" in line["event"] for line in server.log_lines())
-    assert not any(library.exists() and library.read_bytes() == GARBAGE for library in libraries)  # gone, or built anew
-    assert server.metrics()["sdxl_engine_restarts_total"] == 0

@@ -10,6 +10,7 @@ from models.gpu.prepare import use_graphs
 from models.gpu.static import StaticUNet
 from models.modules import UNet
 from models.pipeline import Pipeline
+from models.registry import Registry
 
 
 class GpuWay(Device):
@@ -23,6 +24,6 @@ class GpuWay(Device):
     def make_unet(self, config: dict[str, Any], dtype: torch.dtype, in_fp8: bool = False) -> UNet:
         return StaticUNet(config, self.name, dtype, in_fp8)
 
-    def prepare(self, pipeline: Pipeline, unet: UNet) -> dict[str, float] | None:
-        use_graphs(pipeline, unet)
+    def prepare(self, pipeline: Pipeline, registry: Registry) -> dict[str, float]:
+        use_graphs(pipeline, registry.unet)
         return {}

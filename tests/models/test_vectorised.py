@@ -5,7 +5,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from models.vectorised import fold_upsamplers, vectorise
+from models.gpu.vectorised import fold_upsamplers, vectorise
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 7), (3, 12, 9)])
