@@ -52,7 +52,8 @@ RUN --mount=type=bind,from=pip,source=/opt/pip,target=/opt/pip \
     fi
 COPY --from=pins /server.txt /requirements.lock /opt/
 RUN --mount=type=bind,from=pip,source=/opt/pip,target=/opt/pip \
-    /opt/pip/bin/pip install -r /opt/server.txt -c /opt/requirements.lock
+    /opt/pip/bin/pip install -r /opt/server.txt -c /opt/requirements.lock \
+    && /opt/pip/bin/pip uninstall --yes openvino-telemetry
 
 
 FROM pip AS code

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from distill.diffusion import LAST, STEPS, add_noise, levels
 from distill.latents import Latents
 from distill.text import token_ids
 from distill.training import Ema, Log, average_gradients, begin, cosine, device, is_writer, join_group, load, save
-from models.compiled import can_build
 
 DROPOUT = 0.1  # of the captions, replaced by "" for classifier-free guidance
 COARSE = 6000  # iterations that favour high noise; after them backgrounds are right, and what is soft is decided below
@@ -74,7 +74,7 @@ def train_unet(made: model.Model, cache: Latents, folder: Path, sizes: Sizes, lr
     """Train UNet and text encoders together; leaves the EMA weights in `made`."""
     unet, encoders = made.unet.to(device(), memory_format=torch.channels_last), made.encoders.to(device())
     both = torch.nn.ModuleDict({"unet": unet, "encoders": encoders}).train()
-    compiles = sizes.compiled and can_build(folder)
+    compiles = sizes.compiled and shutil.which("g++") is not None
     fast_unet, fast_encoders = (torch.compile(unet), torch.compile(encoders)) if compiles else (unet, encoders)
     params = list(both.parameters())
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.01, fused=True)

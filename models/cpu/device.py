@@ -20,7 +20,7 @@ from models.pipeline import Pipeline
 from models.registry import Registry
 from models.weights import read
 
-LARGER = 4  # rows of one call; 2 and 8 gain next to nothing per row (docs/decisions.md), and each graph takes 0.12 GB
+LARGER = 4  # rows of one call; 2 and 8 gain next to nothing per row, and each graph takes memory (docs/decisions.md)
 NICE = 15  # of threads that compile beside the service
 LARGEST = 256 << 20  # bytes of a weight set: to compile SDXL takes half a minute and three times its memory
 
@@ -28,8 +28,9 @@ LARGEST = 256 << 20  # bytes of a weight set: to compile SDXL takes half a minut
 class Cpu(Device):
     """workers: calls at a time, each with `threads` threads."""
 
+    max_batch = 8
     first_batches = 1
-    most_bound = 8  # weight sets with graphs, of 0.24 GB each
+    most_bound = 8  # weight sets with graphs, of 0.15 GB each for one row, and as much for more
     first_call_is_typical = False  # it compiles
 
     def __init__(self, workers: int, threads: int) -> None:

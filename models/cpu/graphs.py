@@ -100,9 +100,10 @@ class Graph:
     @torch.inference_mode()
     def __call__(self, *rows: Tensor) -> Rows:
         """What the network computes from rows (B, ...) of any B, row for row the same bytes as alone."""
+        if 1 not in self._sizes:
+            self.add(1)
         if self._is_new:
             self._is_new = False
-            self.add(1)
             self._called(self)
         parts, start = [], 0
         for size in split(len(rows[0]), list(self._sizes)):
