@@ -79,6 +79,9 @@ def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
     say("weights loaded", variants=[row.name for row in registry.status() if row.state == "resident"])
     if attention := device.prepare(pipeline, registry):
         say("attention measured", milliseconds_per_step=attention)
+    if not on_gpu and registry.bind is None:  # one module, which takes one call at a time, and all threads
+        workers = 1
+        torch.set_num_threads(threads)
     largest = config.max_batch or device.max_batch
     return Model(pipeline, registry, workers, tuple(1 << power for power in range(largest.bit_length())))
 

@@ -74,8 +74,11 @@ class Loop:
     def post(self, message: Message) -> None:
         """Give the loop a message, or a change to make under its lock. From any thread."""
         with self._lock:
-            self._inbox.append(message)
-            self._lock.notify()
+            if isinstance(message, Ping):
+                self._take(message)  # now: every worker may be in a call of many seconds
+            else:
+                self._inbox.append(message)
+                self._lock.notify()
 
     def run(self) -> None:
         """Serve until stop(). This thread becomes a worker, too."""

@@ -77,6 +77,11 @@ class Rig:
         return self.family.name == "embedded"
 
     @property
+    def probed_in(self) -> torch.dtype:
+        """What a module computes in while its outputs are scaled: float16 is too slow on a CPU."""
+        return torch.bfloat16 if (self.device, self.dtype) == ("cpu", torch.float16) else self.dtype
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """The batch sizes that are measured."""
         return BUCKETS[:2] if self.is_toy else BUCKETS
@@ -87,10 +92,11 @@ class Rig:
         return [f"{steps}step-unet" for steps in (1, 2, 4, 8)]
 
 
-def build(directory: Path, tiny: bool, device: str) -> Rig:
-    """Write the rig, unless it is there: 12.3 GB at full size in float16. Weights are the same at every build on one
-    kind of device. 4step-unet has a UNet of its own; the other three share one, through links."""
-    dtype = torch.float16 if device == "cuda" else torch.float32
+def build(directory: Path, tiny: bool, device: str, dtype: torch.dtype | None = None) -> Rig:
+    """Write the rig, unless it is there: 12.3 GB at full size in float16, for which a CPU needs 16 GB of memory.
+    Weights are the same at every build on one kind of device. 4step-unet has a UNet of its own; the other three share one,
+    through links. dtype: float16 on a GPU, else float32."""
+    dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
     rig = Rig(directory, CATALOG["embedded" if tiny else "sdxl"], device, dtype)
     if (directory / LABEL).exists():
         return rig
@@ -103,9 +109,9 @@ def build(directory: Path, tiny: bool, device: str) -> Rig:
         module = _random(part, rig, tiny, seed)
         if part == "vae":
             _scale_pixels(module)
-        _save(module, directory / part, "model" if part.startswith("text") else "diffusion_pytorch_model")
-    first = _save(_unet(rig, tiny, seed=10), directory / "unet", "diffusion_pytorch_model")
-    second = _save(_unet(rig, tiny, seed=11), directory / "unet-2", "diffusion_pytorch_model")
+        _save(module, rig, directory / part, "model" if part.startswith("text") else "diffusion_pytorch_model")
+    first = _save(_unet(rig, tiny, seed=10), rig, directory / "unet", "diffusion_pytorch_model")
+    second = _save(_unet(rig, tiny, seed=11), rig, directory / "unet-2", "diffusion_pytorch_model")
     for name in rig.variants:
         link = directory / rig.family.variants[name].file
         link.unlink(missing_ok=True)
@@ -132,7 +138,7 @@ def _random(part: str, rig: Rig, tiny: bool, seed: int) -> Any:
     generator = torch.Generator(rig.device).manual_seed(seed)
     for name, tensor in module.named_parameters():
         _fill(name, tensor.data, generator)
-    return module.to(rig.dtype).eval().requires_grad_(False)
+    return module.to(rig.probed_in).eval().requires_grad_(False)
 
 
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -161,21 +167,21 @@ def _scale_pixels(vae: Any) -> None:
 def _unet(rig: Rig, tiny: bool, seed: int) -> Any:
     """A UNet whose prediction has a standard deviation of 1, as noise has."""
     unet = _random("unet", rig, tiny, seed)
-    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    side, width = unet.config.sample_size if tiny or rig.device != "cpu" else 64, unet.config.cross_attention_dim
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=rig.device).to(rig.dtype)
+        return torch.randn(shape, generator=generator, device=rig.device).to(rig.probed_in)
 
     generator = torch.Generator(rig.device).manual_seed(seed)
-    time_ids = torch.tensor([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=rig.device, dtype=rig.dtype)
+    time_ids = torch.tensor([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=rig.device, dtype=rig.probed_in)
     added = {"text_embeds": noise(1, pooled), "time_ids": time_ids}
     out = unet(noise(1, 4, side, side), 999, noise(1, 77, width), added_cond_kwargs=added).sample
     unet.conv_out.weight /= out.float().std()
     return unet
 
 
-def _save(module: Any, folder: Path, name: str) -> Path:
+def _save(module: Any, rig: Rig, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = module.config
     text = (
@@ -183,5 +189,6 @@ def _save(module: Any, folder: Path, name: str) -> Path:
     )
     (folder / "config.json").write_text(text)
     path = folder / f"{name}.safetensors"
+    module.to(rig.dtype)
     save_file({key: tensor.contiguous() for key, tensor in module.state_dict().items()}, path)
     return path.absolute()
