@@ -94,8 +94,8 @@ class Rig:
 
 def build(directory: Path, tiny: bool, device: str, dtype: torch.dtype | None = None) -> Rig:
     """Write the rig, unless it is there: 12.3 GB at full size in float16, for which a CPU needs 16 GB of memory.
-    Weights are the same at every build on one kind of device. 4step-unet has a UNet of its own; the other three share one,
-    through links. dtype: float16 on a GPU, else float32."""
+    Weights are the same at every build on one kind of device. 4step-unet has a UNet of its own; the other three share
+    one, through links. dtype: float16 on a GPU, else float32."""
     dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
     rig = Rig(directory, CATALOG["embedded" if tiny else "sdxl"], device, dtype)
     if (directory / LABEL).exists():
