@@ -63,9 +63,8 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     weights = Weights(variant.name, order.styles)
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
-    return [
-        Job(new_id(), order.prompt, weights, variant.steps, seed + k, height, width, deadline) for k in range(order.n)
-    ]
+    drawn = (height, width, deadline, order.owner)
+    return [Job(new_id(), order.prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
 
 
 def _variant(order: Order, family: Family) -> Variant:

@@ -60,7 +60,7 @@ class Pipeline:
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
-        self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
+        self._prompts: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
 
     def draw(
         self,
@@ -93,20 +93,22 @@ class Pipeline:
         return latents
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """Conditioning of each prompt; new prompts go through the text encoders in one batch, known ones are cached."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+    def encode(self, prompts: Sequence[str], owners: Sequence[str] | None = None) -> list[Conditioning]:
+        """Conditioning of each prompt; new ones go through the text encoders in one batch, known ones are cached.
+        owners: who asks for each. They share no cache, for the time that a prompt takes tells whether it is known."""
+        asked = list(zip(owners or [""] * len(prompts), prompts, strict=True))
+        new = [each for each in dict.fromkeys(asked) if each not in self._prompts]
         if new:
-            tokens = [self._tokenize(tokenizer, new) for tokenizer in self.tokenizers]
+            tokens = [self._tokenize(tokenizer, [prompt for _, prompt in new]) for tokenizer in self.tokenizers]
             embeds, pooled = self.text(*(self.device.put(each.input_ids) for each in tokens))
             is_full = (tokens[0].attention_mask | tokens[1].attention_mask).all(dim=1).tolist()
-            for row, prompt in enumerate(new):
-                is_cut = is_full[row] and self._is_cut(prompt)
-                self._prompts[prompt] = Conditioning(embeds[row].clone(), pooled[row].clone(), is_cut)
+            for row, each in enumerate(new):
+                is_cut = is_full[row] and self._is_cut(each[1])
+                self._prompts[each] = Conditioning(embeds[row].clone(), pooled[row].clone(), is_cut)
         found = []
-        for prompt in prompts:
-            self._prompts.move_to_end(prompt)
-            found.append(self._prompts[prompt])
+        for each in asked:
+            self._prompts.move_to_end(each)
+            found.append(self._prompts[each])
         while len(self._prompts) > PROMPTS_CACHED:
             self._prompts.popitem(last=False)
         return found

@@ -15,7 +15,8 @@ new_id = count(1).__next__  # an id that no other job of this process has
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share."""
+    """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
+    asked for it, since no two owners share what is cached."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -25,6 +26,7 @@ class Job(msgspec.Struct, frozen=True):
     height: Pixels
     width: Pixels
     deadline: float
+    owner: str = ""
 
     def row(self, step: int = 0, is_encoded: bool = False) -> "Row":
         """This job as the scheduler sees it once `step` of its steps are done."""

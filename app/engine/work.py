@@ -11,7 +11,7 @@ from models.schedule import Schedule
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
     """Each row's prompt."""
-    return pipeline.encode([row.job.prompt for row in rows])
+    return pipeline.encode([row.job.prompt for row in rows], [row.job.owner for row in rows])
 
 
 def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:

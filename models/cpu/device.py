@@ -2,6 +2,7 @@
 service."""
 
 import itertools
+import logging
 import os
 import queue
 import threading
@@ -19,6 +20,8 @@ from models.modules import UNetFunction, WeightSet
 from models.pipeline import Pipeline
 from models.registry import Registry
 from models.weights import read
+
+log = logging.getLogger(__name__)
 
 LARGER = 4  # rows of one call; 2 and 8 gain next to nothing per row, and each graph takes memory (docs/decisions.md)
 NICE = 15  # of threads that compile beside the service
@@ -97,7 +100,8 @@ class Cpu(Device):
 
     def _compile_next(self) -> None:
         size, _, graph = self._wanted.get()  # small sizes first
-        graph.add(size)
+        if not graph.add(size):
+            log.warning("%d rows are not computed as one, bit for bit: that batch size is not used", size)
         self._wanted.task_done()
 
     def _compile(self, done: Callable[[], None]) -> None:

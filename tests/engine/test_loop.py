@@ -76,16 +76,27 @@ def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipel
     loop, sent = make_loop(pipeline, "2step-unet")
     encode = pipeline.encode
 
-    def fails_once_together(prompts):
+    def fails_once_together(prompts, owners):
         if len(prompts) > 1:
             loop.post(Cancel([1]))
             raise RuntimeError("two at a time are too many")
-        return encode(prompts)
+        return encode(prompts, owners)
 
     monkeypatch.setattr(pipeline, "encode", fails_once_together)
     loop.post(Submit([job(0), job(1)]))
     serve(loop, sent, 1)
     assert (sent.done(), sent.failed()) == ({0}, {})
+
+
+def test_nobody_learns_from_the_time_whether_another_has_asked_for_a_prompt(pipeline):
+    """Owners share no cache: a prompt that one has asked for is encoded anew for the next."""
+    encoded = []
+    text = pipeline.text
+    pipeline.text = lambda *ids: encoded.append(len(ids[0])) or text(*ids)
+    for owner in ("a", "b", "a"):
+        pipeline.encode(["a secret prompt"], [owner])
+    pipeline.text = text
+    assert encoded == [1, 1]
 
 
 def test_a_cancelled_row_leaves_and_its_neighbours_stay(pipeline):
