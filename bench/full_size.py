@@ -49,7 +49,14 @@ class Seen:
 @contextmanager
 def server(rig: Rig, dtype: str) -> Iterator[float]:
     """Our server with the rig. Yields the seconds until it was ready."""
-    settings = {"MODEL": "sdxl", "MODEL_DIR": str(rig.directory), "DEVICE": "cpu", "DTYPE": dtype, "PORT": str(PORT)}
+    settings = {
+        "MODEL": "sdxl",
+        "MODEL_DIR": str(rig.directory),
+        "DEVICE": "cpu",
+        "DTYPE": dtype,
+        "PORT": str(PORT),
+        "LOG_LEVEL": "warning",
+    }
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "app.cli", "serve"], cwd=ROOT, env={**os.environ, **settings, "MAX_TIMEOUT_S": "3600"}
@@ -58,7 +65,7 @@ def server(rig: Rig, dtype: str) -> Iterator[float]:
         while not _is_ready():
             if time.monotonic() - start > READY_S or process.poll() is not None:
                 raise SystemExit(f"the server is not ready after {time.monotonic() - start:.0f} s")
-            time.sleep(0.2)
+            time.sleep(1)
         yield time.monotonic() - start
     finally:
         process.terminate()

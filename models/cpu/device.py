@@ -34,7 +34,6 @@ class Cpu(Device):
     max_batch = 8
     first_batches = 1
     most_bound = 8  # weight sets with graphs, of 0.15 GB each for one row, and as much for more
-    first_call_is_typical = False  # it compiles
 
     def __init__(self, workers: int, threads: int) -> None:
         self._compiler = Compiler(workers, threads)
@@ -72,6 +71,7 @@ class Cpu(Device):
 
         pipeline.text, pipeline.decoder = encode, picture
         registry.use_compiled(bind)
+        self.first_call_is_typical = False  # it compiles
         return {}
 
     def later(self, registry: Registry, done: Callable[[], None]) -> None:
