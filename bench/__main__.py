@@ -7,11 +7,11 @@ import sys
 import time
 
 from bench import fidelity, overhead, report
-from bench.contenders import CONTENDERS, Contender
+from bench.contenders import NAMES, Contender, contender
 from bench.load import closed_loop
 from bench.progress import progress
 from bench.rounds import LOADS, closed, opened
-from bench.start import COMPILE_WAIT_S, start
+from bench.start import start
 from bench.tuning import UNTUNED, Tuned, tune
 from bench.work import EVEN_MIX, prompts, stream
 
@@ -25,24 +25,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of each closed loop")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of every contender")
     parser.add_argument("--no-sweep", action="store_true", help="peers in bfloat16, LitServe at batch 16, 5 ms")
-    parser.add_argument(
-        "--compile-wait", type=float, default=COMPILE_WAIT_S, help="seconds to wait for our compiled code"
-    )
     return parser.parse_args()
 
 
 def is_whole(options: argparse.Namespace) -> bool:
     """Whether nothing is left out."""
-    return set(options.only) == set(PARTS) and set(options.contenders) == set(CONTENDERS) and not options.no_sweep
+    return set(options.only) == set(PARTS) and set(options.contenders) == set(NAMES) and not options.no_sweep
 
 
 async def warm_up(contenders: list[Contender]) -> None:
     """A short load for everyone, not counted."""
-    for contender in progress(contenders, "warming up"):
-        async with contender.turn() as client:
+    for each in progress(contenders, "warming up"):
+        async with each.turn() as client:
             await closed_loop(client, stream("warm-up", EVEN_MIX), 16, WARM_UP_S, warm_s=0)
 
 
@@ -83,13 +80,13 @@ def main() -> None:
     report.show_machine(results.machine)
     rules = {"threads": options.threads, "rounds": options.rounds, "seconds": options.seconds}
     print(report.RULES.format(**rules, prompts=f"{len(prompts()):,}"))
-    contenders = [CONTENDERS[name](options.threads) for name in options.contenders]
+    contenders = [contender(name, options.threads) for name in options.contenders]
     try:
-        start(contenders, options.compile_wait)
+        start(contenders)
         asyncio.run(run(contenders, options, results))
     finally:
-        for contender in contenders:
-            contender.end()
+        for each in contenders:
+            each.end()
     results.ratio_4step = report.ratio(results.closed.get("four", []))
     results.ratio = report.ratio(results.closed.get("mix", []))
     results.took_s = round(time.monotonic() - began)

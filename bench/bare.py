@@ -27,7 +27,7 @@ def main() -> None:
     model = open_model(config)
     model.measure(model.batches[: model.device.first_batches])
     model.device.finish(model.registry)
-    print(json.dumps({"compiled": model.registry.bind is not None}), flush=True)
+    print("ready", flush=True)
     for line in sys.stdin:
         ask = json.loads(line)
         start = time.perf_counter()

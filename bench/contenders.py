@@ -123,32 +123,29 @@ class Contender:
             os.killpg(self._process.pid, which)
 
 
-def ours(threads: int) -> Contender:
-    """Our server with its default settings."""
-    command = [str(Path(sys.executable).with_name("sdxl-lightning")), "serve"]
-    environment = {"HOST": HOST, "PORT": "{port}", "MODEL": "embedded", "THREADS": str(threads)}
-    return Contender("ours", command, "/ready", environment, rests=False)
+def ours(**settings: str) -> Contender:
+    """Our server, with these settings and its defaults."""
+    environment = {"HOST": HOST, "PORT": "{port}", "MODEL": "embedded", **settings}
+    return Contender("ours", [sys.executable, "-m", "app.cli", "serve"], "/ready", environment, rests=False)
 
 
-def fastapi(threads: int) -> Contender:
-    """Peer (a)."""
-    return _peer("fastapi", "/ready", threads)
-
-
-def litserve(threads: int) -> Contender:
-    """Peer (b)."""
-    return _peer("litserve", "/health", threads)
-
-
-def _peer(name: str, ready_path: str, threads: int) -> Contender:
+def peer(name: str, threads: int) -> Contender:
+    """(a) fastapi or (b) litserve."""
     command = [sys.executable, "-m", f"bench.{name}_peer", "{port}", str(threads)]
+    ready_path = "/health" if name == "litserve" else "/ready"
     return Contender(name, command, ready_path, {"OMP_NUM_THREADS": str(threads)}, rests=True)
 
 
-CONTENDERS = {"ours": ours, "fastapi": fastapi, "litserve": litserve}
+NAMES = ("ours", "fastapi", "litserve")
+
+
+def contender(name: str, threads: int) -> Contender:
+    """One of NAMES."""
+    return ours(THREADS=str(threads)) if name == "ours" else peer(name, threads)
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port

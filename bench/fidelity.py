@@ -5,17 +5,15 @@ import io
 import json
 import math
 import random
-import subprocess
-import sys
-import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image
 
 from bench.client import Client
-from bench.contenders import ROOT, Contender
+from bench.contenders import Contender
 from bench.work import prompts
 from models.catalog import CATALOG
 
@@ -56,14 +54,19 @@ def requests() -> list[Asked]:
 
 
 def reference(asked: list[Asked], threads: int) -> dict[Asked, np.ndarray]:
-    """fp32 diffusers' pictures, drawn in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pictures.npz"
-        command = [sys.executable, "-m", "bench.reference", str(path), str(threads)]
-        done = subprocess.run(command, input=json.dumps(asked).encode(), cwd=ROOT, stderr=subprocess.PIPE)
-        if done.returncode:
-            raise RuntimeError(f"bench.reference failed: {done.stderr.decode(errors='replace')[-2000:]}")
-        return dict(zip(asked, np.load(path)["pictures"], strict=True))
+    """fp32 diffusers' pictures, drawn in a process of its own: the load generator's is to stay small."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+        return dict(zip(asked, apart.submit(_draw, asked, threads).result(), strict=True))
+
+
+def _draw(asked: list[Asked], threads: int) -> list[np.ndarray]:
+    import torch  # nor is torch to be in the load generator's process
+
+    from bench.painter import draw, load
+
+    torch.set_num_threads(threads)
+    pipelines, steps = load({name for name, _, _ in asked}, torch.float32), CATALOG["embedded"].variants
+    return [draw(pipelines[name], [prompt], steps[name].steps, [seed])[0].numpy() for name, prompt, seed in asked]
 
 
 async def measure(contender: Contender, truth: dict[Asked, np.ndarray]) -> Fidelity:

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.contenders import HOST, ours
+from bench.fidelity import psnr
 from bench.gpu.peer import Peer
 from bench.gpu.rig import Rig, build
+from bench.start import LOGS
 
-ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).with_name("results") / "full-size.json"
-PIXELS, PORT, READY_S, GATE_DB = 512, 8399, 120.0, 40.0
+PIXELS, READY_S, GATE_DB = 512, 120.0, 40.0
 PROMPT = "a lighthouse at dusk"
 ASKED = (("1step-unet", 1), ("4step-unet", 2), ("1step-unet", 3), ("1step-unet", 4))  # the last two at once
 
@@ -47,48 +48,27 @@ class Seen:
 
 
 @contextmanager
-def server(rig: Rig, dtype: str) -> Iterator[float]:
-    """Our server with the rig. Yields the seconds until it was ready."""
-    settings = {
-        "MODEL": "sdxl",
-        "MODEL_DIR": str(rig.directory),
-        "DEVICE": "cpu",
-        "DTYPE": dtype,
-        "PORT": str(PORT),
-        "LOG_LEVEL": "warning",
-    }
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "serve"], cwd=ROOT, env={**os.environ, **settings, "MAX_TIMEOUT_S": "3600"}
-    )
+def server(rig: Rig) -> Iterator[tuple[str, float]]:
+    """Our server with the rig. Yields where it draws, and the seconds until it was ready."""
+    served, start = ours(**rig.settings, MAX_TIMEOUT_S="3600"), time.monotonic()
+    served.start(LOGS)
     try:
-        while not _is_ready():
-            if time.monotonic() - start > READY_S or process.poll() is not None:
-                raise SystemExit(f"the server is not ready after {time.monotonic() - start:.0f} s")
-            time.sleep(1)
-        yield time.monotonic() - start
+        if not served.wait_ready(limit=READY_S):
+            raise SystemExit(f"the server is not ready after {READY_S:.0f} s: {served.last_words()}")
+        yield f"http://{HOST}:{served.port}/generate", time.monotonic() - start
     finally:
-        process.terminate()
-        process.wait(60)
+        served.end()
 
 
-def _is_ready() -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/ready", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def ask(variant: str, seed: int) -> tuple[np.ndarray, float]:
+def ask(url: str, variant: str, seed: int) -> tuple[np.ndarray, float]:
     """One picture over HTTP, and the seconds it took."""
     body = {"prompt": PROMPT, "variant": variant, "seed": seed, "size": f"{PIXELS}x{PIXELS}", "timeout": 1800}
     headers = {"content-type": "application/json", "accept": "image/png"}
-    request = urllib.request.Request(f"http://127.0.0.1:{PORT}/generate", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     start = time.monotonic()
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=3600) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=3600) as answer:
                 file = answer.read()
             return np.asarray(Image.open(io.BytesIO(file))), time.monotonic() - start
         except urllib.error.HTTPError as refused:
@@ -97,19 +77,13 @@ def ask(variant: str, seed: int) -> tuple[np.ndarray, float]:
             time.sleep(int(refused.headers["Retry-After"]))  # the variant is being loaded
 
 
-def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """In dB, of 8-bit pixels."""
-    error = float(((ours.astype(float) - theirs.astype(float)) ** 2).mean())
-    return 99.0 if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def measure(rig: Rig, dtype: str) -> dict[str, Any]:
+def measure(rig: Rig) -> dict[str, Any]:
     """Draw over HTTP, alone and two at once; then the same by diffusers' own pipeline."""
-    with server(rig, dtype) as ready:
-        alone = [(*ask(variant, seed), 1) for variant, seed in ASKED[:2]]
-        again = ask(*ASKED[0])[1]  # with its weights in memory
+    with server(rig) as (url, ready):
+        alone = [(*ask(url, variant, seed), 1) for variant, seed in ASKED[:2]]
+        again = ask(url, *ASKED[0])[1]  # with its weights in memory
         with ThreadPoolExecutor(2) as pool:
-            both = [(*drawn, 2) for drawn in pool.map(lambda asked: ask(*asked), ASKED[2:])]
+            both = [(*drawn, 2) for drawn in pool.map(lambda asked: ask(url, *asked), ASKED[2:])]
     peer = Peer(rig)
     seen = []
     for (variant, seed), (picture, seconds, at_once) in zip(ASKED, [*alone, *both], strict=True):
@@ -119,9 +93,11 @@ def measure(rig: Rig, dtype: str) -> dict[str, Any]:
         took = time.monotonic() - start
         seen.append(Seen(variant, seed, at_once, round(seconds, 1), round(psnr(picture, theirs), 1), round(took, 1)))
         print(seen[-1], flush=True)
-    cores = len(os.sched_getaffinity(0))
-    return {"cores": cores, "dtype": dtype, "pixels": PIXELS, "ready_s": round(ready, 1), "one_step_s": round(again, 1),
-            "torch": torch.__version__, "pictures": [asdict(each) for each in seen]}  # fmt: skip
+    return {
+        "cores": len(os.sched_getaffinity(0)), "dtype": rig.settings["DTYPE"], "pixels": PIXELS,
+        "ready_s": round(ready, 1), "one_step_s": round(again, 1), "torch": torch.__version__,
+        "pictures": [asdict(each) for each in seen],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -133,7 +109,7 @@ def main() -> None:
     start = time.monotonic()
     built = build(options.rig, tiny=False, device="cpu", dtype=torch.float16)
     print(f"rig in {options.rig}: {time.monotonic() - start:.0f} s", flush=True)
-    result = measure(Rig(built.directory, built.family, "cpu", getattr(torch, options.dtype)), options.dtype)
+    result = measure(replace(built, dtype=getattr(torch, options.dtype)))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     worst = min(each["db"] for each in result["pictures"])
     print(f"ready after {result['ready_s']} s; worst {worst} dB from diffusers (gate {GATE_DB})")

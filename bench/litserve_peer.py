@@ -12,7 +12,7 @@ from fastapi import Response
 from bench.work import Work
 
 
-class DrawAPI(litserve.LitAPI):
+class DrawAPI(litserve.LitAPI):  # type: ignore[misc]  # litserve is not typed
     """Requests of one batch are grouped by step count; each group is one call of diffusers' pipeline.
 
     LitServe reads max_batch_size and batch_timeout anew for every batch, so a body with "settings" changes them and

@@ -16,12 +16,12 @@ from bench.work import EVEN_MIX, stream
 WORK = stream("locust", EVEN_MIX)  # all users draw from one stream
 
 
-class Painter(FastHttpUser):
+class Painter(FastHttpUser):  # type: ignore[misc]  # locust is not typed
     """Asks for a picture again as soon as the last one came; if refused, waits as told."""
 
     wait_time = constant(0)
 
-    @task
+    @task  # type: ignore[untyped-decorator]
     def generate(self) -> None:
         """One picture; reported by its step count."""
         ask = next(WORK)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bench.client import Client
 from bench.contenders import ours
 from bench.load import REFUSED, arrivals, closed_loop, percentile, status
-from bench.start import COMPILE_WAIT_S, start
+from bench.start import start
 from bench.work import EVEN_MIX, Work, stream
 
 TIMES = 2.0  # the measured capacity
@@ -32,7 +32,7 @@ class Visit:
 
     @property
     def is_refused(self) -> bool:
-        """Turned away at the door."""
+        """By admission, or because the server was not ready."""
         return self.status in REFUSED
 
 
@@ -99,13 +99,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of overload")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument(
-        "--compile-wait", type=float, default=COMPILE_WAIT_S, help="seconds to wait for our compiled code"
-    )
     options = parser.parse_args()
-    server = ours(options.threads)
+    server = ours(THREADS=str(options.threads))
     try:
-        start([server], options.compile_wait)
+        start([server])
 
         async def turn() -> None:
             async with server.turn() as client:

@@ -1,6 +1,7 @@
 """What both peers draw with: diffusers' own StableDiffusionXLPipeline, one for each variant, in memory side by side."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import fpng
@@ -18,20 +19,34 @@ SDXL = Any  # a StableDiffusionXLPipeline; diffusers is not typed
 
 def load(names: Iterable[str], dtype: torch.dtype) -> dict[str, SDXL]:
     """Pipelines by variant, as SDXL-Lightning's model card sets them up. They share all but the UNet and scheduler."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    base: SDXL = StableDiffusionXLPipeline.from_pretrained(WEIGHTS, torch_dtype=dtype)
+    base = quietly_open(WEIGHTS, dtype)
     base.vae.to(memory_format=torch.channels_last)
     return {name: _pipeline(base, VARIANTS[name], dtype) for name in names}
+
+
+def quietly_open(directory: Path, dtype: torch.dtype) -> SDXL:
+    """diffusers' pipeline as it is on the disk, without a progress bar."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    pipeline: SDXL = StableDiffusionXLPipeline.from_pretrained(
+        directory, torch_dtype=dtype, use_safetensors=True, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def scheduler(base: SDXL, variant: Variant) -> EulerDiscreteScheduler:
+    """The one that a variant was made for."""
+    return EulerDiscreteScheduler.from_config(
+        base.scheduler.config, timestep_spacing="trailing", prediction_type=variant.prediction_type
+    )
 
 
 def _pipeline(base: SDXL, variant: Variant, dtype: torch.dtype) -> SDXL:
     unet = UNet2DConditionModel.from_config(base.unet.config)
     unet.load_state_dict(load_file(WEIGHTS / variant.file) if variant.kind == "unet" else base.unet.state_dict())
-    scheduler = EulerDiscreteScheduler.from_config(
-        base.scheduler.config, timestep_spacing="trailing", prediction_type=variant.prediction_type
-    )
-    pipeline: SDXL = StableDiffusionXLPipeline(**{**base.components, "unet": unet, "scheduler": scheduler})
+    parts = {**base.components, "unet": unet, "scheduler": scheduler(base, variant)}
+    pipeline: SDXL = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     if variant.kind == "lora":
         pipeline.load_lora_weights(WEIGHTS / variant.file)
         pipeline.fuse_lora()
@@ -44,14 +59,15 @@ def _pipeline(base: SDXL, variant: Variant, dtype: torch.dtype) -> SDXL:
 @torch.inference_mode()
 def draw(pipeline: SDXL, prompts: list[str], steps: int, seeds: list[int]) -> torch.Tensor:
     """Pictures (B, H, W, 3) uint8 by one call of the pipeline, each from its own seed."""
-    images = pipeline(
-        prompts,
-        num_inference_steps=steps,
-        guidance_scale=0,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",  # the fastest way out: PIL images would cost a pass more
-    ).images
-    return (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return call(pipeline, prompts, steps, generator=[torch.Generator().manual_seed(seed) for seed in seeds])
+
+
+def call(pipeline: SDXL, prompts: list[str], steps: int, **more: object) -> torch.Tensor:
+    """Pictures (B, H, W, 3) uint8 on the host, without guidance; `more` are arguments of the pipeline."""
+    # "pt" is the fastest way out: PIL images would cost a pass more
+    found = pipeline(prompts, num_inference_steps=steps, guidance_scale=0, output_type="pt", **more)
+    images: torch.Tensor = found.images
+    return (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 class Painter:
@@ -69,10 +85,12 @@ class Painter:
             asked = [work[row] for row in rows]
             pipeline = self._pipelines[self._by_steps[steps]]
             pictures = draw(pipeline, [ask.prompt for ask in asked], steps, [ask.seed for ask in asked])
-            pngs.update(zip(rows, map(_png, pictures), strict=True))
+            pngs.update(zip(rows, map(png, pictures), strict=True))
         return [pngs[row] for row in range(len(work))]
 
 
-def _png(picture: torch.Tensor) -> bytes:
+def png(picture: torch.Tensor) -> bytes:
+    """By the encoder that we use. picture: (H, W, 3) uint8."""
     height, width, channels = picture.shape
-    return fpng.from_bytes(picture.numpy().tobytes(), width, height, channels)
+    file: bytes = fpng.from_bytes(picture.numpy().tobytes(), width, height, channels)
+    return file

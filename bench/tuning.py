@@ -1,6 +1,5 @@
 """Each peer's best settings, found by a short sweep under the loads it will be judged by."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -47,8 +46,8 @@ async def tune(contender: Contender, seconds: float) -> Tuned:
     sweep: list[dict[str, Any]] = []
 
     async def best(of: list[Settings], mix: tuple[int, ...], title: str) -> Settings:
-        short = await _rank(contender, of, mix, seconds, title, sweep.append)
-        long = await _rank(contender, short[:FINALISTS], mix, 3 * seconds, f"{title}, finalists", sweep.append)
+        short = await _rank(contender, of, mix, seconds, title, sweep)
+        long = await _rank(contender, short[:FINALISTS], mix, 3 * seconds, f"{title}, finalists", sweep)
         return long[0]
 
     all_of_them = choices(contender.name)
@@ -64,9 +63,9 @@ async def _rank(
     mix: tuple[int, ...],
     seconds: float,
     title: str,
-    record: Callable[[dict[str, Any]], None],
+    sweep: list[dict[str, Any]],
 ) -> list[Settings]:
-    """The settings by images/s, best first."""
+    """The settings by images/s, best first; every measurement goes into `sweep`."""
     found: list[tuple[float, Settings]] = []
     for settings in progress(of, title):
         await contender.apply(settings)
@@ -74,7 +73,7 @@ async def _rank(
             work = stream(f"tuning {mix}", mix)
             phase = await closed_loop(client, work, CLIENTS, seconds, warm_s=min(1.0, seconds / 2))
         found.append((phase.images_per_s, settings))
-        record({"mix": mix, "seconds": seconds, "images_per_s": round(phase.images_per_s, 2), **settings})
+        sweep.append({"mix": mix, "seconds": seconds, "images_per_s": round(phase.images_per_s, 2), **settings})
     return [settings for _, settings in sorted(found, key=lambda pair: -pair[0])]
 
 

@@ -21,7 +21,6 @@ class Work:
     prompt: str
     steps: int
     seed: int
-    output_format: str = "png"
 
     def body(self, **more: object) -> bytes:
         """The JSON that every contender is sent; `more` are fields on top."""
@@ -37,9 +36,9 @@ def prompts() -> tuple[str, ...]:
     )
 
 
-def stream(name: str, mix: tuple[int, ...], output_format: str = "png") -> Iterator[Work]:
+def stream(name: str, mix: tuple[int, ...]) -> Iterator[Work]:
     """Requests without end, the same for the same name: every len(mix) of them hold each step count once, shuffled."""
     rng = random.Random(name)
     while True:
         for steps in rng.sample(mix, len(mix)):
-            yield Work(rng.choice(prompts()), steps, rng.randrange(2**32), output_format)
+            yield Work(rng.choice(prompts()), steps, rng.randrange(2**32))

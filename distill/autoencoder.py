@@ -6,6 +6,7 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -18,9 +19,10 @@ SCALING_FACTOR = 0.13025  # SDXL's: latents are multiplied by it after encoding,
 
 BATCH = 8
 PEAK = 1e-3  # learning rate
+CHANNELS = (16, 32, 48, 64)
 
 
-def build(channels: tuple[int, ...] = (16, 32, 48, 64)) -> AutoencoderKL:
+def build(channels: tuple[int, ...] = CHANNELS) -> AutoencoderKL:
     depth = len(channels)
     return AutoencoderKL(
         block_out_channels=channels,
@@ -35,14 +37,15 @@ def build(channels: tuple[int, ...] = (16, 32, 48, 64)) -> AutoencoderKL:
     )
 
 
-def to_pixels(pictures) -> Tensor:
+def to_pixels(pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def mean_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """The posterior's mean, (B, 4, H/8, W/8): its variance is fixed, so nothing is drawn."""
-    return vae.quant_conv(vae.encoder(pixels))[:, :4]
+    moments: Tensor = vae.quant_conv(vae.encoder(pixels))
+    return moments[:, :4]
 
 
 def reconstruction_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
@@ -78,7 +81,7 @@ def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
     return 10 * math.log10(4 / (drawn - pixels).square().mean().item())
 
 
-def train(folder: Path, steps: int, crop_steps: int, channels=(16, 32, 48, 64)) -> AutoencoderKL:
+def train(folder: Path, steps: int, crop_steps: int, channels: tuple[int, ...] = CHANNELS) -> AutoencoderKL:
     """Encoder and decoder together, on whole pictures and then on crops; latents end up normalised.
 
     Crops of 64 px take four times as many steps in the same time. Colours are what comes last: after 2,000 whole

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def small(pictures: np.ndarray) -> Tensor:
 def flat(pictures: np.ndarray) -> Tensor:
     """(N, 12288): Euclidean distances between rows are root-mean-square distances of pixels in 0 .. 1."""
     rows = small(pictures).flatten(1)
-    return rows / rows.shape[1] ** 0.5
+    return rows / math.sqrt(rows.shape[1])
 
 
 class Renders:
@@ -138,7 +139,7 @@ class Renders:
         self.pixels = dict(zip(names, (flat(part) for part in bank), strict=True))
         self.features = dict(zip(names, judge.look(who, np.concatenate(bank))[0].split(24), strict=True))
 
-    def about(self, who: judge.Judge) -> dict:
+    def about(self, who: judge.Judge) -> dict[str, Any]:
         """The same measures of the real renders themselves: what a perfect model would get."""
         thing, background = self.namer.name(self.real)
         again = judge.look(who, data.draw_batch(self.pairs, random.Random(77)))
@@ -200,7 +201,7 @@ def claims() -> list[tuple[Row, Row]]:
     ]
 
 
-def compare(one: Tensor, other: Tensor, real: Tensor) -> dict:
+def compare(one: Tensor, other: Tensor, real: Tensor) -> dict[str, Any]:
     """Fréchet distance of `one` less that of `other`, with a 95 % interval: both are resampled alike, since both drew
     the same prompts from the same seeds, so what is common to them does not widen it."""
 
@@ -211,7 +212,7 @@ def compare(one: Tensor, other: Tensor, real: Tensor) -> dict:
     return {"difference": round(difference(torch.arange(len(one))), 3), "interval_95": interval_95}
 
 
-def comparisons(features: Path, real: Tensor) -> list[dict]:
+def comparisons(features: Path, real: Tensor) -> list[dict[str, Any]]:
     """Every claim whose two rows were measured."""
     found = []
     for rows in claims():
@@ -223,7 +224,7 @@ def comparisons(features: Path, real: Tensor) -> list[dict]:
     return found
 
 
-def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders, features: Path) -> dict:
+def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders, features: Path) -> dict[str, Any]:
     """One row of the table: distill.nearest names, the CNN gives features (and names too, for comparison)."""
     whole, patch, named, _ = judge.look(who, pictures)
     features.mkdir(exist_ok=True)
@@ -252,14 +253,18 @@ def measure(row: Row, pictures: np.ndarray, who: judge.Judge, real: Renders, fea
     }
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(str(row[key]) for key in COLUMNS.values()) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def main(
-    runs: Path = Path("runs"), docs: Path = Path("docs"), count: int = 1000, only: tuple[str, ...] = (), judging=3000
+    runs: Path = Path("runs"),
+    docs: Path = Path("docs"),
+    count: int = 1000,
+    only: tuple[str, ...] = (),
+    judging: int = 3000,
 ) -> None:
     """Measure every row (or the models named in `only`, keeping the other rows of an earlier run)."""
     torch.manual_seed(0)
@@ -291,7 +296,7 @@ def main(
     write_samples(runs / "strips", docs / "samples.jpg")
 
 
-def write(docs: Path, rows: list[dict], about_real: dict, compared: list[dict]) -> None:
+def write(docs: Path, rows: list[dict[str, Any]], about_real: dict[str, Any], compared: list[dict[str, Any]]) -> None:
     found = {"rows": rows, "comparisons": compared, "real_renders": about_real}
     (docs / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
     paired = ["| ours | other | difference | 95 % |", "| --- | --- | --- | --- |"]

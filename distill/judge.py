@@ -134,4 +134,4 @@ def frechet(one: Tensor, two: Tensor) -> float:
     values, vectors = torch.linalg.eigh(c1)
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
     shared = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
-    return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * shared).item()
+    return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * shared)

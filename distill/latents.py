@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -23,11 +24,11 @@ class Latents:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures) -> Tensor:
+def encode(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
     """uint8 (B, 128, 128, 3) to latents at std 1."""
     pixels = autoencoder.to_pixels(pictures).to(vae.device, memory_format=torch.channels_last)
     with torch.autocast(pixels.device.type, torch.bfloat16):
-        return autoencoder.mean_latents(vae, pixels).float() * vae.config.scaling_factor
+        return autoencoder.mean_latents(vae, pixels).float() * float(vae.config.scaling_factor)
 
 
 @torch.no_grad()

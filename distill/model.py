@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -15,6 +16,8 @@ from distill import autoencoder, data, nets, text
 
 STEPS = (8, 4, 2, 1)  # the step counts of the released files
 
+Widths = tuple[int, ...]  # by block
+
 
 @dataclass
 class Model:
@@ -24,7 +27,7 @@ class Model:
     vae: AutoencoderKL
 
 
-def fresh(folder: Path, unet_channels=nets.CHANNELS, vae_channels=(16, 32, 48, 64), heads=(3, 4, 6)) -> Model:
+def fresh(folder: Path, unet_channels: Widths, vae_channels: Widths, heads: Widths) -> Model:
     """A model with random weights; its tokenizer is trained (once: a resumed run must not shift the ids)."""
     place = folder / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(place) if place.exists() else text.train_tokenizer(place)
@@ -71,7 +74,7 @@ def save_base(model: Model, folder: Path) -> None:
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1, ensure_ascii=False) + "\n")
 
 
-def vocabulary() -> dict:
+def vocabulary() -> dict[str, Any]:
     """What can be asked for, and which pairs training never saw."""
     return {
         "objects": [{"name": thing.name, "codepoint": thing.codepoint} for thing in data.objects()],

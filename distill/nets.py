@@ -7,9 +7,10 @@ from diffusers import UNet2DConditionModel
 from distill.text import WIDTHS
 
 CHANNELS = (48, 64, 96)
+HEADS = (3, 4, 6)
 
 
-def build_unet(channels: tuple[int, ...] = CHANNELS, heads: tuple[int, ...] = (3, 4, 6)) -> UNet2DConditionModel:
+def build_unet(channels: tuple[int, ...], heads: tuple[int, ...]) -> UNet2DConditionModel:
     time_width = 32  # each of the six size numbers becomes this many; SDXL's is 256
     return UNet2DConditionModel(
         sample_size=16,

@@ -58,7 +58,8 @@ class Workshop:
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Text:
-        return self.made.encoders(token_ids(self.made.tokenizer, prompts).to(device()))
+        text: Text = self.made.encoders(token_ids(self.made.tokenizer, prompts).to(device()))
+        return text
 
     def rate(self, stage: Stage, student: UNet2DConditionModel) -> float:
         return self.rates.lora if lora.parameters(student) else FULL[stage.steps]
@@ -98,7 +99,9 @@ def match(
     _fit(shop, name, stage, student, loss, shop.rate(stage, student), steps)
 
 
-def switch_to_x0(shop: Workshop, name: str, stage: Stage, student: UNet2DConditionModel, frozen, steps: int) -> None:
+def switch_to_x0(
+    shop: Workshop, name: str, stage: Stage, student: UNet2DConditionModel, frozen: UNet2DConditionModel, steps: int
+) -> None:
     """Make the student say x0 where its frozen copy says epsilon (section 3.7.3)."""
     online, offline = predictors.of(student), predictors.of(frozen)
 

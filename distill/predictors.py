@@ -15,7 +15,7 @@ def of(unet: UNet2DConditionModel, exact: bool = False) -> Predictor:
 
     def predict(x: Tensor, t: Tensor, text: Text) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=not exact):
-            out = unet(x, t, encoder_hidden_states=text.context, added_cond_kwargs=text.added).sample
+            out: Tensor = unet(x, t, encoder_hidden_states=text.context, added_cond_kwargs=text.added).sample
         return out.float()
 
     return predict

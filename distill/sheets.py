@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -32,23 +34,31 @@ def noise_for(count: int, first_seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def clean_latents(
-    made: Model, prompts: list[str], noise: Tensor, steps: int, guidance=1.0, unet=None, exact=False, **how
+    made: Model,
+    prompts: list[str],
+    noise: Tensor,
+    steps: int,
+    guidance: float = 1.0,
+    unet: UNet2DConditionModel | None = None,
+    exact: bool = False,
+    predicts: str = "epsilon",
+    times: Tensor | None = None,
 ) -> Tensor:
-    """(B, 4, 16, 16) latents at std 1; in bf16 unless `exact`. `how` goes to distill.diffusion.sample."""
+    """(B, 4, 16, 16) latents at std 1; in bf16 unless `exact`. times: as distill.diffusion.sample has them."""
     device = next(made.unet.parameters()).device
     text = made.encoders(token_ids(made.tokenizer, prompts).to(device))
     predict = predictors.of(unet or made.unet, exact)
     if guidance > 1:
         predict = predictors.guided(predict, made.encoders(token_ids(made.tokenizer, [""]).to(device)), guidance)
-    return sample(predict, noise.to(device), text, steps, **how)
+    return sample(predict, noise.to(device), text, steps, predicts, times)
 
 
-def draw(made: Model, prompts: list[str], noise: Tensor, steps: int, **how) -> np.ndarray:
-    """uint8 (B, 128, 128, 3): what a model draws from this noise."""
+def draw(made: Model, prompts: list[str], noise: Tensor, steps: int, **how: Any) -> np.ndarray:
+    """uint8 (B, 128, 128, 3): what a model draws from this noise. how: as clean_latents has it."""
     return decode(made.vae, clean_latents(made, prompts, noise, steps, **how)).permute(0, 2, 3, 1).numpy()
 
 
-def write_grid(made: Model, pairs: list[tuple[int, str]], path: Path, width: int = 12, **how) -> None:
+def write_grid(made: Model, pairs: list[tuple[int, str]], path: Path, width: int = 12, **how: Any) -> None:
     """Two rows at a time: what is drawn, and below it the real render."""
     things = data.objects()
     prompts = [data.caption(things[i].name, background) for i, background in pairs]

@@ -114,7 +114,8 @@ def judge(stage: Stage, critic: Discriminator, batch: Batch, t_star: Tensor, noi
     times = stage.times.to(batch.k.device)
     t, t_end = times[batch.k], times[(batch.k - stage.span).clamp(min=0)]
     landed, t_end = add_noise(landed, noise, t_star), torch.where(t_star == CLEAN, t_end, t_star)
-    return critic(landed, t_end, batch.x_t, t, batch.text)
+    logits: Tensor = critic(landed, t_end, batch.x_t, t, batch.text)
+    return logits
 
 
 def draw_noised_times(stage: Stage, count: int, detail: bool, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from distill import autoencoder, data, latents, model, nets, sheets
 from distill.diffusion import LAST, STEPS, add_noise, levels
@@ -29,9 +30,9 @@ COARSE = 6000  # iterations that favour high noise; after them backgrounds are r
 class Sizes:
     """What separates a toy from the shipped model."""
 
-    vae_channels: tuple[int, ...] = (16, 32, 48, 64)
-    unet_channels: tuple[int, ...] = nets.CHANNELS
-    heads: tuple[int, ...] = (3, 4, 6)
+    vae_channels: model.Widths = autoencoder.CHANNELS
+    unet_channels: model.Widths = nets.CHANNELS
+    heads: model.Widths = nets.HEADS
     vae_steps: int = 2000
     vae_crop_steps: int = 5000
     decoder_steps: int = 1500  # sharper pictures of the same latents: 0.35 s each, and the UNet need not know
@@ -57,7 +58,7 @@ def epsilon_loss(predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
 
 
-def batch_of(cache: Latents, tokenizer, size: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_of(cache: Latents, tokenizer: CLIPTokenizer, size: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents, noise, times and token ids of this process's part of one step: the same for the same step."""
     rank, processes = join_group()
     size, seed = size // processes, step * processes + rank
@@ -131,9 +132,7 @@ def main(runs: Path = Path("runs"), sizes: Sizes = Sizes()) -> model.Model:
 
 if __name__ == "__main__":
     begin()
-    if sys.argv[1:] == [
-        "autoencoder"
-    ]:  # on a second core, while the UNet trains: python -m distill.teacher autoencoder
+    if sys.argv[1:] == ["autoencoder"]:  # on a second core, while the UNet trains
         vae = autoencoder.train(Path("runs"), Sizes.vae_steps, Sizes.vae_crop_steps)
         autoencoder.polish_decoder(vae, Path("runs"), Sizes.decoder_steps)
     else:

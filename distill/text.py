@@ -28,9 +28,6 @@ class Text:
     pooled: Tensor
     time_ids: Tensor
 
-    def __getitem__(self, rows) -> Text:
-        return Text(self.context[rows], self.pooled[rows], self.time_ids[rows])
-
     @property
     def added(self) -> dict[str, Tensor]:
         return {"text_embeds": self.pooled, "time_ids": self.time_ids}
@@ -115,4 +112,5 @@ class TextEncoders(nn.Module):
 def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """(B, LENGTH) int64, padded and cut as the pipeline does."""
     found = tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-    return found.input_ids
+    ids: Tensor = found.input_ids
+    return ids

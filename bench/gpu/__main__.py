@@ -13,21 +13,24 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
+from bench.gpu.check import check
+from bench.gpu.ours import Ours
+from bench.gpu.peer import Peer
 from bench.gpu.report import headline, show
+from bench.gpu.rig import Rig, build
+from bench.gpu.served import served
+from bench.gpu.stages import stages
 from bench.gpu.timing import Clock, Keep
 from models.gpu.graphs import COMPILE_MODE
 
-if TYPE_CHECKING:
-    from bench.gpu.rig import Rig
-
 RESULTS = Path(__file__).parents[1] / "results" / "gpu.json"
 PARTS = ("check", "stages", "server")
-MINUTES = 8.5  # of a part, from the start of this process
+PART_S = 510.0  # of a part, from the start of this process
 LATE_S = 20.0  # after which a part that does not end is ended
 
 
@@ -40,9 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, help="of torch.compile, in the rig if absent; given, `server` serves compiled code too"
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of each part")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each load on the server")
-    parser.add_argument("--sizes", type=int, nargs="+", default=(1024, 512), help="pixels; the first is the headline's")
     parser.add_argument("--mode", default=COMPILE_MODE, help="of torch.compile in `stages`; none: graphs of eager code")
     parser.add_argument(
         "--tiny", action="store_true", default=os.environ.get("TINY", "") not in ("", "0"),
@@ -61,8 +62,6 @@ def main() -> None:
         sys.exit(
             "bench-gpu needs a CUDA GPU, and torch finds none here; TINY=1 tries the script on the CPU at toy size"
         )
-    from bench.gpu.rig import build  # seconds of imports, for those who have a GPU
-
     scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     out = scratch / "gpu.json" if options.tiny else _result_file(options.out)
     rig = build(
@@ -74,27 +73,39 @@ def main() -> None:
     about = _about(options.tiny)
     results = {**_earlier(out, about, options.tiny), **about}
     for part in options.part:
-        start = began if part == options.part[0] else time.monotonic()
-        end = start + 60 * options.minutes
-
-        def keep(found: dict[str, Any]) -> None:
-            """Write what there is, in case the time ends."""
-            took = round(time.monotonic() - start, 1)  # noqa: B023
-            results[part] = {**found, "took_s": took, "command": _command()}  # noqa: B023
-            results.update(headline(results))
-            out.write_text(json.dumps(results, indent=1) + "\n")
-
-        watch = threading.Timer(end + LATE_S - time.monotonic(), _give_up, (part, options, results, out))
-        watch.daemon = True
-        watch.start()
-        _release()
-        earlier = results.get(part, {})
-        keep(run(part, rig, options, scratch, lambda: end - time.monotonic(), keep, earlier))  # noqa: B023
-        watch.cancel()
+        _measure(part, rig, options, scratch, results, out, began)
+        began = time.monotonic()
     show(results, out.with_suffix(".md"))
     print(f"written to {out} and {out.with_suffix('.md')}")
     if _has_failed(options, results):
         sys.exit("check FAILED: the pictures are not right, so the figures are worth nothing")
+
+
+def _measure(
+    part: str,
+    rig: Rig,
+    options: argparse.Namespace,
+    scratch: Path,
+    results: dict[str, Any],
+    out: Path,
+    began: float,
+) -> None:
+    """Fill in and write one part's figures, in the time it has."""
+    end = began + PART_S
+
+    def keep(found: dict[str, Any]) -> None:
+        """Write what there is, in case the time ends."""
+        results[part] = {**found, "took_s": round(time.monotonic() - began, 1), "command": _command()}
+        results.update(headline(results))
+        out.write_text(json.dumps(results, indent=1) + "\n")
+
+    watch = threading.Timer(end + LATE_S - time.monotonic(), _give_up, (part, options, results, out))
+    watch.daemon = True
+    watch.start()
+    gc.collect()  # the next part, or the server, is to find the GPU's memory empty
+    torch.cuda.empty_cache()
+    keep(run(part, rig, options, scratch, lambda: end - time.monotonic(), keep, results.get(part, {})))
+    watch.cancel()
 
 
 def _give_up(part: str, options: argparse.Namespace, results: dict[str, Any], out: Path) -> None:
@@ -119,38 +130,16 @@ def _has_failed(options: argparse.Namespace, results: dict[str, Any]) -> bool:
 
 
 def run(
-    part: str,
-    rig: "Rig",
-    options: argparse.Namespace,
-    scratch: Path,
-    left: Clock,
-    keep: Keep,
-    earlier: dict[str, Any],
+    part: str, rig: Rig, options: argparse.Namespace, scratch: Path, left: Clock, keep: Keep, earlier: dict[str, Any]
 ) -> dict[str, Any]:
     """One part's figures. earlier: what it found in an earlier run."""
     cache = options.cache or rig.directory / "cache"
-    sizes = (128,) if options.tiny else tuple(options.sizes)
     if part == "server":
-        from bench.gpu.served import served
-
         return served(rig, scratch, cache, options.cache is not None, options.seconds, left, keep, earlier)
-    from bench.gpu.ours import Ours
-    from bench.gpu.peer import Peer
-
     ours, peer = Ours(rig, cache), Peer(rig)
     if part == "check":
-        from bench.gpu.check import check
-
-        return check(ours, peer, sizes[0], keep)
-    from bench.gpu.stages import stages
-
-    return stages(ours, peer, sizes, left, keep, options.mode)
-
-
-def _release() -> None:
-    """Give back the GPU memory that nothing uses any more: the next part, or the server, is to find the card empty."""
-    gc.collect()
-    torch.cuda.empty_cache()
+        return check(ours, peer, keep)
+    return stages(ours, peer, left, keep, options.mode)
 
 
 def _result_file(out: Path | None) -> Path:
@@ -164,7 +153,7 @@ def _earlier(out: Path, about: dict[str, Any], tiny: bool) -> dict[str, Any]:
     """What other parts found on the same kind of GPU with the same software; it is merged with."""
     for path in (out,) if tiny else (out, RESULTS):
         if path.exists():
-            found = json.loads(path.read_text())
+            found: dict[str, Any] = json.loads(path.read_text())
             if all(found.get(key) == about[key] for key in ("gpu", "torch", "diffusers", "weights")):
                 return found
             print(f"{path} is of {found.get('gpu')} with torch {found.get('torch')}: not merged with", flush=True)

@@ -26,9 +26,9 @@ VARIANTS = ("4step-unet", "1step-unet", "2step-unet")
 Pictures = torch.Tensor  # (B, H, W, 3) uint8
 
 
-def check(ours: Ours, peer: Peer, pixels: int, keep: Keep) -> dict[str, Any]:
+def check(ours: Ours, peer: Peer, keep: Keep) -> dict[str, Any]:
     """Figures, and "passed"."""
-    rng = random.Random("gpu")
+    rng, pixels = random.Random("gpu"), ours.rig.sizes[0]
     asked, seeds = rng.sample(prompts(), ROWS), [rng.randrange(2**32) for _ in range(ROWS)]
     rows = range(ROWS)
     alone: list[float] = []

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -35,10 +35,10 @@ def _attend_plainly(decoder: Any) -> None:
 
 
 def _rewritten(ours: Ours, *changes: Callable[[Any], None]) -> torch.nn.Module:
-    decoder = copy.deepcopy(ours.pipeline.vae).cpu()
+    decoder: Any = copy.deepcopy(ours.pipeline.vae).cpu()  # torch's stubs know no memory_format
     for change in changes:
         change(decoder)
-    return decoder.to(ours.rig.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return cast(torch.nn.Module, decoder.to(ours.rig.device, memory_format=torch.channels_last))
 
 
 def _recorded(ours: Ours, function: Callable[..., Any]) -> Graphed:

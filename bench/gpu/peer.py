@@ -5,33 +5,25 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import fpng
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.gpu.rig import Rig
 from bench.gpu.timing import VARIANT
+from bench.painter import call, png, quietly_open, scheduler
 from bench.work import prompts
 
 
 class Peer:
     """StableDiffusionXLPipeline as SDXL-Lightning's model card sets it up, in channels_last and without a progress bar;
-    one for all variants: its UNet's weights are loaded over. It draws in a thread of its own, on the stream that torch
+    one for all variants: its UNet is given their weights. It draws in a thread of its own, on the stream that torch
     gives to anybody: cuDNN remembers by thread what it has tuned."""
 
     def __init__(self, rig: Rig) -> None:
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         self.rig, self.variant = rig, ""
         self._thread = ThreadPoolExecutor(1, "diffusers")
-        self.pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-            rig.directory, torch_dtype=rig.dtype, use_safetensors=True, add_watermarker=False
-        ).to(rig.device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.base_scheduler = self.pipeline.scheduler.config
+        self.pipeline: Any = quietly_open(rig.directory, rig.dtype).to(rig.device)
         for part in (self.pipeline.unet, self.pipeline.vae):
             part.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         if rig.device == "cuda":
@@ -46,9 +38,7 @@ class Peer:
         if variant == self.variant:
             return  # a scheduler's tables are not to be made anew within the time of a picture
         self.pipeline.unet.load_state_dict(load_file(self.rig.directory / row.file, device=self.rig.device))
-        self.pipeline.scheduler = EulerDiscreteScheduler.from_config(
-            self.base_scheduler, timestep_spacing="trailing", prediction_type=row.prediction_type
-        )
+        self.pipeline.scheduler = scheduler(self.pipeline, row)
         self.variant = variant
 
     def draw(self, variant: str, prompts: Sequence[str], seeds: Sequence[int], pixels: int) -> Tensor:
@@ -58,7 +48,7 @@ class Peer:
     def draw_files(self, variant: str, batch: int, pixels: int) -> list[bytes]:
         """A batch of PNGs, by the encoder that we use."""
         images = self.draw(variant, prompts()[:batch], range(batch), pixels)
-        return [fpng.from_bytes(image.numpy().tobytes(), pixels, pixels, 3) for image in images]
+        return [png(image) for image in images]
 
     def compile(self) -> None:
         """Its UNet and its decoder, as diffusers' documentation has it; on a CPU they are traced alone."""
@@ -74,13 +64,5 @@ class Peer:
         torch.backends.cudnn.benchmark_limit = 10  # torch's own
         side = pixels // 8
         noise = [torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        images = self.pipeline(
-            list(prompts),
-            height=pixels,
-            width=pixels,
-            num_inference_steps=self.rig.family.variants[variant].steps,
-            guidance_scale=0,
-            latents=torch.cat(noise).to(self.rig.device, self.rig.dtype),
-            output_type="pt",  # the fastest way out: PIL images would cost a pass more
-        ).images
-        return (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+        latents, steps = torch.cat(noise).to(self.rig.device, self.rig.dtype), self.rig.family.variants[variant].steps
+        return call(self.pipeline, list(prompts), steps, height=pixels, width=pixels, latents=latents)

@@ -15,7 +15,7 @@ HEADLINE = (  # key, part
 )
 OTHERS = (
     *("import_s", "load_s", "ready_s", "first_image_s", "all_graphs_ready_s", "compiled_s", "matmul_tflops"),
-    *("png_ms_photo_like_1024", "jpeg_ms_photo_like_1024", "psnr_db_fp8_vs_fp16", "step_ms_of_4"),
+    *("psnr_db_fp8_vs_fp16", "step_ms_of_4"),
 )
 COMPILED = ("decode_vectorised_and_folded_compiled_ms", "diffusers_compiled")
 ABOUT = ("weights", "gpu", "cuda", "torch", "diffusers", "transformers", "python", "date")

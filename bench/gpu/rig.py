@@ -64,7 +64,7 @@ TYPICAL_LATENT = 10.0  # standard deviation of the latents that random weights e
 
 @dataclass(frozen=True)
 class Rig:
-    """A directory with random weights, and how to serve it: MODEL=family.name MODEL_DIR=directory."""
+    """A directory with random weights, and the device and dtype in which they are to run."""
 
     directory: Path
     family: Family
@@ -77,6 +77,12 @@ class Rig:
         return self.family.name == "embedded"
 
     @property
+    def settings(self) -> dict[str, str]:
+        """The server's, to serve it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"MODEL": self.family.name, "MODEL_DIR": str(self.directory), "DEVICE": self.device, "DTYPE": dtype}
+
+    @property
     def probed_in(self) -> torch.dtype:
         """What a module computes in while its outputs are scaled: float16 is too slow on a CPU."""
         return torch.bfloat16 if (self.device, self.dtype) == ("cpu", torch.float16) else self.dtype
@@ -85,6 +91,11 @@ class Rig:
     def batches(self) -> tuple[int, ...]:
         """The batch sizes that are measured."""
         return BUCKETS[:2] if self.is_toy else BUCKETS
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The pixels a side that are measured; the first is the headline's."""
+        return (128,) if self.is_toy else (1024, 512)
 
     @property
     def variants(self) -> list[str]:
@@ -106,12 +117,12 @@ def build(directory: Path, tiny: bool, device: str, dtype: torch.dtype | None = 
             _lengthen(directory / part, 24 if tiny else 77)
     shutil.copy(EMBEDDED / "model_index.json", directory)
     for seed, part in enumerate(("text_encoder", "text_encoder_2", "vae")):
-        module = _random(part, rig, tiny, seed)
+        module = _random(part, rig, seed)
         if part == "vae":
             _scale_pixels(module)
         _save(module, rig, directory / part, "model" if part.startswith("text") else "diffusion_pytorch_model")
-    first = _save(_unet(rig, tiny, seed=10), rig, directory / "unet", "diffusion_pytorch_model")
-    second = _save(_unet(rig, tiny, seed=11), rig, directory / "unet-2", "diffusion_pytorch_model")
+    first = _save(_unet(rig, seed=10), rig, directory / "unet", "diffusion_pytorch_model")
+    second = _save(_unet(rig, seed=11), rig, directory / "unet-2", "diffusion_pytorch_model")
     for name in rig.variants:
         link = directory / rig.family.variants[name].file
         link.unlink(missing_ok=True)
@@ -128,8 +139,8 @@ def _lengthen(folder: Path, length: int) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
 
 
-def _random(part: str, rig: Rig, tiny: bool, seed: int) -> Any:
-    config = json.loads((EMBEDDED / part / "config.json").read_text()) if tiny else CONFIGS[part]
+def _random(part: str, rig: Rig, seed: int) -> Any:
+    config = json.loads((EMBEDDED / part / "config.json").read_text()) if rig.is_toy else CONFIGS[part]
     with torch.device(rig.device):
         if part.startswith("text"):
             module = CLASSES[part](CLIPTextConfig.from_dict(config))
@@ -164,10 +175,10 @@ def _scale_pixels(vae: Any) -> None:
 
 
 @torch.inference_mode()
-def _unet(rig: Rig, tiny: bool, seed: int) -> Any:
+def _unet(rig: Rig, seed: int) -> Any:
     """A UNet whose prediction has a standard deviation of 1, as noise has."""
-    unet = _random("unet", rig, tiny, seed)
-    side, width = unet.config.sample_size if tiny or rig.device != "cpu" else 64, unet.config.cross_attention_dim
+    unet = _random("unet", rig, seed)
+    side, width = unet.config.sample_size if rig.is_toy or rig.device != "cpu" else 64, unet.config.cross_attention_dim
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
 
     def noise(*shape: int) -> Tensor:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import Client
-from bench.contenders import HOST, Contender
+from bench.contenders import Contender, ours
 from bench.gpu.rig import Rig
 from bench.gpu.timing import Clock, Keep
 from bench.load import Phase, closed_loop, open_loop
@@ -106,13 +105,13 @@ def _when_said(words: str, folder: Path, start: float, limit: float) -> float | 
 
 
 def _server(rig: Rig, folder: Path, cache: Path, compiles: bool) -> Contender:
-    environment = {
-        "HOST": HOST, "PORT": "{port}", "MODEL": rig.family.name, "MODEL_DIR": str(rig.directory),
-        "DEVICE": rig.device, "DTYPE": str(rig.dtype).removeprefix("torch."), "CACHE_DIR": str(cache),
-        "COMPILE": str(int(compiles)), "THREADS": "1" if rig.device == "cpu" else "8",
-        "PYTHONPATH": os.pathsep.join([_metadata(folder), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-    return Contender("ours", [sys.executable, "-m", "app.cli", "serve"], "/ready", environment, rests=False)
+    return ours(
+        **rig.settings,
+        CACHE_DIR=str(cache),
+        COMPILE=str(int(compiles)),
+        THREADS="1" if rig.device == "cpu" else "8",
+        PYTHONPATH=os.pathsep.join([_metadata(folder), os.environ.get("PYTHONPATH", "")]),
+    )
 
 
 def _metadata(folder: Path) -> str:

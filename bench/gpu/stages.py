@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from bench.gpu.ours import Ours
 from bench.gpu.peer import Peer
 from bench.gpu.timing import REPEATS, VARIANT, Clock, Keep, milliseconds
 from bench.gpu.without import without
-from bench.images import SIDE, picture
 from bench.work import prompts
 from models.catalog import Weights
 from models.gpu.device import Gpu
@@ -27,15 +27,12 @@ TEXT_TFLOP = 0.111
 MATMUL = 8192
 
 
-def stages(ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Keep, mode: str) -> dict[str, Any]:
+def stages(ours: Ours, peer: Peer, left: Clock, keep: Keep, mode: str) -> dict[str, Any]:
     """Everything that fits into the time there is; what does not is left out, and named in "skipped". mode: of
     torch.compile, or "none"."""
     found: dict[str, Any] = {"skipped": [], "matmul_tflops": _matmul_rate(ours)}
-    batches = ours.rig.batches
+    batches, sizes = ours.rig.batches, ours.rig.sizes
     found["import_s"], found["load_s"] = _import_seconds() if ours.on_gpu else None, round(ours.load_s, 2)
-    photo = picture().tobytes()
-    found["png_ms_photo_like_1024"] = milliseconds(lambda: _file(photo, SIDE), lambda: None)
-    found["jpeg_ms_photo_like_1024"] = milliseconds(lambda: _file(photo, SIDE, "jpeg"), lambda: None)
     found["ours"], found["diffusers"] = {}, {}
     found["ours_compiled"], found["diffusers_compiled"] = {"mode": mode, "pieces": []}, {}
 
@@ -46,7 +43,7 @@ def stages(ours: Ours, peer: Peer, sizes: tuple[int, ...], left: Clock, keep: Ke
         except Exception as error:
             found["skipped"].append(f"{title}: {type(error).__name__}: {str(error)[:300]}")
             print(f"FAILED: {found['skipped'][-1]}", flush=True)
-        _summarise(found, sizes[0] if ours.rig.is_toy else 1024)
+        _summarise(found, sizes[0])
         keep(found)
 
     for pixels in sizes:
@@ -79,14 +76,14 @@ def _ours(ours: Ours, pixels: int, batches: tuple[int, ...], table: dict[str, An
         asked, seeds = list(prompts()[:batch]), list(range(batch))
         rows = ours.start(VARIANT, asked, seeds, pixels)
         table["png"] = _png_ms(ours, rows, pixels)
-        table["text"][batch] = milliseconds(lambda: ours.encode_anew(asked), ours.synchronize)  # noqa: B023
-        table["step"][batch] = milliseconds(lambda: ours.step(VARIANT, rows, [0] * len(rows)), ours.synchronize)  # noqa: B023
-        table["decode"][batch] = milliseconds(lambda: ours.decode(rows), lambda: None)  # noqa: B023
+        table["text"][batch] = milliseconds(partial(ours.encode_anew, asked), ours.synchronize)
+        table["step"][batch] = milliseconds(partial(ours.step, VARIANT, rows, [0] * batch), ours.synchronize)
+        table["decode"][batch] = milliseconds(partial(ours.decode, rows))
         for steps in (1, 2, 4, 8):
             variant = f"{steps}step-unet"
             if steps != 4 and batch not in (1, batches[-1]):
                 continue
-            took = milliseconds(lambda: _whole(ours, variant, asked, seeds, pixels), ours.synchronize)  # noqa: B023
+            took = milliseconds(partial(_whole, ours, variant, asked, seeds, pixels), ours.synchronize)
             table["ms"][f"{steps} steps, batch {batch}"] = took
             if steps == 4:
                 table["images_per_s"][batch] = round(1e3 * batch / (took + batch * table["png"]), 2)
@@ -100,11 +97,7 @@ def _whole(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixels:
 
 def _png_ms(ours: Ours, rows: Any, pixels: int) -> float:
     data = ours.decode(rows[:1])[0].numpy().tobytes()
-    return milliseconds(lambda: _file(data, pixels), lambda: None)
-
-
-def _file(data: bytes, pixels: int, kind: str = "png") -> bytes:
-    return encode(data, pixels, pixels, kind, 90, {})
+    return milliseconds(lambda: encode(data, pixels, pixels, "png", 90, {}))
 
 
 def _copy_ms(ours: Ours, pixels: int) -> float | None:
@@ -133,7 +126,7 @@ def _peer(
             skipped.append(f"diffusers, {pixels} px, batch {batch}")
             continue
         try:
-            took = milliseconds(lambda: peer.draw_files(VARIANT, batch, pixels), lambda: None, repeats=3)  # noqa: B023
+            took = milliseconds(partial(peer.draw_files, VARIANT, batch, pixels), repeats=3)
         except RuntimeError as error:
             why = "out of memory beside ours" if Gpu.is_out_of_memory(error) else str(error)[:300]
             skipped.append(f"diffusers, {pixels} px, batch {batch}: {why}")
@@ -143,7 +136,7 @@ def _peer(
     for steps in (1, 2, 8):
         variant = f"{steps}step-unet"
         peer.use(variant)
-        took = milliseconds(lambda: peer.draw_files(variant, 1, pixels), lambda: None, repeats=3)  # noqa: B023
+        took = milliseconds(partial(peer.draw_files, variant, 1, pixels), repeats=3)
         table["ms"][f"{steps} steps, batch 1"] = took
 
 

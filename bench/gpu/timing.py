@@ -14,8 +14,11 @@ VARIANT = "4step-unet"
 REPEATS = 5
 
 
-def milliseconds(call: Callable[[], object], wait: Callable[[], object], repeats: int = REPEATS) -> float:
-    """The median of some calls, each waited for, after one that does not count; on a CPU, of one."""
+def milliseconds(
+    call: Callable[[], object], wait: Callable[[], object] = lambda: None, repeats: int = REPEATS
+) -> float:
+    """The median of some calls, each waited for, after one that does not count; on a CPU, of one. wait: for what the
+    call does not wait for itself."""
     call()
     wait()
     times = []

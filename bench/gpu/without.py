@@ -13,8 +13,9 @@ from models.gpu.prepare import DECODED
 def without(ours: Ours, pixels: int, batches: tuple[int, ...], found: dict[str, dict[int, float]]) -> None:
     """Milliseconds by technique left out, and batch, into `found`."""
 
-    def note(title: str, batch: int, call: Callable[[], object]) -> None:
-        found.setdefault(title, {})[batch] = milliseconds(call, ours.synchronize)
+    def note(title: str, batch: int, function: Callable[..., object], *arguments: object) -> None:
+        took = milliseconds(lambda: function(*arguments), ours.synchronize)
+        found.setdefault(title, {})[batch] = took
 
     for batch in batches:
         asked = list(prompts()[:batch])
@@ -23,12 +24,12 @@ def without(ours: Ours, pixels: int, batches: tuple[int, ...], found: dict[str, 
             (latents, ours.pipeline.encode([prompt])[0]) for (latents, _), prompt in zip(rows, asked, strict=True)
         ]
         at = [0] * batch
-        note("step, keys and values of the prompt made in each", batch, lambda: ours.step(VARIANT, encoded, at))  # noqa: B023
+        note("step, keys and values of the prompt made in each", batch, ours.step, VARIANT, encoded, at)
         with _without_graphs(ours):
-            note("step, no graph", batch, lambda: ours.step(VARIANT, rows, at))  # noqa: B023
+            note("step, no graph", batch, ours.step, VARIANT, rows, at)
             if batch in DECODED:
-                note("decode, no graph", batch, lambda: ours.decode(rows))  # noqa: B023
-            note("text, no graph", batch, lambda: ours.encode_anew(asked))  # noqa: B023
+                note("decode, no graph", batch, ours.decode, rows)
+            note("text, no graph", batch, ours.encode_anew, asked)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.cpu import networks
 from models.cpu.graphs import Compiler, Graph
+from models.cpu.layers import Node
 from models.device import Device
 from models.modules import UNetFunction, WeightSet
 from models.pipeline import Pipeline
@@ -89,7 +90,7 @@ class Cpu(Device):
         while not self._wanted.empty():
             self._compile_next()
 
-    def _graph(self, make: Callable[[int], networks.Node], gains: bool = True) -> Graph:
+    def _graph(self, make: Callable[[int], Node], gains: bool = True) -> Graph:
         """gains: whether a row takes less time in a larger batch."""
         graph = Graph(make, self._compiler, self._want_more if gains else lambda graph: None)
         self._wanted.put((1, next(self._order), graph))
@@ -119,7 +120,8 @@ def _unet(graph: Graph, config: networks.Config) -> UNetFunction:
 
     @lru_cache(maxsize=1024)
     def features(numbers: tuple[float, ...], width: int) -> Tensor:
-        return get_timestep_embedding(torch.tensor(numbers), width, is_flipped, shift).flatten()
+        embedded: Tensor = get_timestep_embedding(torch.tensor(numbers), width, is_flipped, shift)
+        return embedded.flatten()
 
     def unet(latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
         times = torch.stack([features((time,), channels) for time in timestep.tolist()])
