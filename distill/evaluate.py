@@ -3,8 +3,6 @@
 All rows draw the same prompts from the same seeds.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -50,8 +48,6 @@ ROWS = [
 ROWS.remove(Row("lora", 1))  # there is none, as in the release
 SHOWN = ["real", "teacher-32", *(f"unet-{n}" for n in model.STEPS), "lora-8", "lora-4", "lora-2"]
 SHOWN += [f"teacher_undistilled-{n}" for n in model.STEPS]
-
-
 COLUMNS = {  # of the Markdown table: title, and key of a row
     "model": "model",
     "steps": "steps",

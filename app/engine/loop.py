@@ -273,19 +273,17 @@ class Loop:
         self, rows: list[Running], drawn: tuple[list[bytes], list[bool]], start: float, seconds: float
     ) -> None:
         for running, pixels, is_valid in zip(rows, *drawn, strict=True):
+            job = running.job
             running.spent("decode", seconds)
-            if self._is_here(running):
-                self._send_picture(running, pixels, is_valid)
-
-    def _send_picture(self, running: Running, pixels: bytes, is_valid: bool) -> None:
-        job = running.job
-        if not is_valid:
-            self._fail(job.id, "NUMERIC_FAULT", f"{job.weights.variant} made a blank or undefined picture")
-            return
-        del self.board[job.id]
-        truncated = running.conditioning is not None and running.conditioning.truncated
-        done = (job.weights.variant, job.height, job.width, pixels, running.seconds, running.batches, truncated)
-        self.send(Done(job.id, *done))
+            if not self._is_here(running):
+                continue
+            if not is_valid:
+                self._fail(job.id, "NUMERIC_FAULT", f"{job.weights.variant} made a blank or undefined picture")
+                continue
+            del self.board[job.id]
+            truncated = running.conditioning is not None and running.conditioning.truncated
+            done = (job.weights.variant, job.height, job.width, pixels, running.seconds, running.batches, truncated)
+            self.send(Done(job.id, *done))
 
     def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""
