@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from app.engine.process import allocator
 from bench.client import Client
 
 HOST = "127.0.0.1"
@@ -130,10 +131,10 @@ def ours(**settings: str) -> Contender:
 
 
 def peer(name: str, threads: int) -> Contender:
-    """(a) fastapi or (b) litserve."""
+    """(a) fastapi or (b) litserve; with the allocator that our engine gets, so that none is faster by that."""
     command = [sys.executable, "-m", f"bench.{name}_peer", "{port}", str(threads)]
     ready_path = "/health" if name == "litserve" else "/ready"
-    return Contender(name, command, ready_path, {"OMP_NUM_THREADS": str(threads)}, rests=True)
+    return Contender(name, command, ready_path, {**allocator(), "OMP_NUM_THREADS": str(threads)}, rests=True)
 
 
 NAMES = ("ours", "fastapi", "litserve")
