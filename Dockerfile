@@ -8,7 +8,7 @@ FROM ${BASE_IMAGE} AS python
 ARG EXTRA_PACKAGES=""
 # hadolint ignore=DL3008,SC2086
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates libtcmalloc-minimal4 python3 ${EXTRA_PACKAGES} \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 ${EXTRA_PACKAGES} \
     && rm -rf /var/lib/apt/lists/*
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes.util
 import logging
 import os
 import socket
@@ -33,9 +32,9 @@ KEEP_MEMORY = (
 
 
 def allocator() -> dict[str, str]:
-    """Environment of an engine that reuses its memory: tcmalloc where it is installed, else a patient glibc."""
-    tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
-    return {"LD_PRELOAD": tcmalloc} if tcmalloc else {"GLIBC_TUNABLES": KEEP_MEMORY}
+    """Environment of an engine that reuses its memory. Not tcmalloc: with that preloaded, OpenVINO 2026.4 frees what it
+    did not allocate, and the process aborts at its first graph."""
+    return {"GLIBC_TUNABLES": KEEP_MEMORY}
 
 
 class EngineProcess:
