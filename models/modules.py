@@ -102,10 +102,9 @@ def load_decoder(store: weights.WeightStore, place: str, dtype: torch.dtype) -> 
 def _filled(
     make: Callable[[], nn.Module], store: weights.WeightStore, part: str, place: str, dtype: torch.dtype
 ) -> nn.Module:
-    state = weights.read(store.component_file(part), place)
+    state = weights.read(store.component_file(part), place, dtype)
     with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
         module = make()
-    state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant
     if not any(key.startswith("text_model.") for key in module.state_dict()):
         # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
         state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}

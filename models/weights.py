@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
@@ -133,17 +134,34 @@ class WeightStore:
         )
 
 
-def read(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name, on a device. Raises BadWeights for anything else."""
+def read(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of all tensors of a safetensors file, by name, on a device: what becomes of the file changes nothing.
+    dtype: the file's own if None. Raises BadWeights for anything else, and for tensors that are no weights."""
     check_header(path)
     try:
-        return safetensors.torch.load_file(path, device=device)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        state = safetensors.torch.load_file(path, device=device)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadWeights(f"{path.name} is not a whole safetensors file: {error}") from error
+    state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant, in int64
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise BadWeights(f"{path.name}: {key} is {tensor.dtype}, which is not floating point")
+        state[key] = tensor.to(dtype or tensor.dtype, copy=device == "cpu")  # else load_file made the copy
+        if not is_finite(state[key]):
+            raise BadWeights(f"{path.name}: {key} has NaN, Inf, or what {state[key].dtype} cannot hold")
+    return state
 
 
-def check_header(path: Path) -> None:
-    """Refuse what is no plain safetensors file before a parser sees it. Raises BadWeights."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of it is NaN or Inf."""
+    if not tensor.numel():
+        return True
+    ends = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()  # NaN if one is; 40 times as fast as isfinite
+    return bool(ends.min.isfinite() & ends.max.isfinite())
+
+
+def check_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file. What is no plain one is refused before a parser sees it: raises BadWeights."""
     if path.suffix != ".safetensors":
         raise BadWeights(f"{path.name}: only safetensors files are read")
     status = path.stat()  # follows links: the Hugging Face cache is made of them
@@ -159,6 +177,7 @@ def check_header(path: Path) -> None:
             raise BadWeights(f"{path.name}: its header is not JSON") from error
     if not isinstance(header, dict) or len(header) > TENSOR_LIMIT:
         raise BadWeights(f"{path.name}: its header is no table of at most {TENSOR_LIMIT} tensors")
+    return header
 
 
 def check_fit(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) -> None:
