@@ -24,7 +24,9 @@ def draw(settings: EngineSettings, prompt: str, variant: str, seed: int, output:
         sys.exit(str(error))
     steps, side = model.family.variants[variant].steps, model.family.size.default
     unet, schedule = model.registry.use(Weights(variant)), model.registry.schedule(variant, steps)
-    pixels, _ = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
+    pixels, valid = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
+    if not valid.all():
+        sys.exit(f"{variant} made a blank or undefined picture, which is not written; try another seed")
     parameters = {"Steps": steps, "Seed": seed, "Model": f"sdxl-lightning-{variant}"}
     output.write_bytes(encode(pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
 
@@ -42,18 +44,15 @@ def weight_files(settings: EngineSettings, family: Family, names: list[str], fet
     """Fetch (where asked) and verify the base and the named variants; prints a line each. False if any is not right."""
     store = WeightStore(family, settings.model_dir)
     right = True
-    for part in family.components:
-        right &= _report(part, lambda: store.component_folder(part, download=fetch))  # noqa: B023
-    for name in names:
+    for name in (*family.components, *names):
         right &= _report(name, lambda: store.verify(name, download=fetch))  # noqa: B023
     return right
 
 
-def _report(name: str, check: Callable[[], object]) -> bool:
+def _report(name: str, check: Callable[[], str]) -> bool:
     try:
-        check()
-    except (MissingWeights, BadWeights) as error:
+        print(f"{name}: {check()}")
+    except (MissingWeights, BadWeights, OSError) as error:
         print(f"{name}: {error}")
         return False
-    print(f"{name}: right")
     return True

@@ -67,11 +67,13 @@ class Repository:
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the pipeline: its folder and files; the last file holds the weights, if it has any."""
+    """A part of the pipeline: its folder and files; the last file holds the weights, if it has any. or_files: what a
+    local folder may have instead; where it has all of them, they are what is read."""
 
     folder: str
     files: tuple[str, ...]
     repository: str | None = None
+    or_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ def _family(name: str, row: dict[str, Any], variants: dict[str, Variant], root: 
         name=name,
         size=Sizes(**row["size"]),
         components={
-            part: Component(value["folder"], tuple(value["files"]), value.get("repository"))
+            part: Component(
+                value["folder"], tuple(value["files"]), value.get("repository"), tuple(value.get("or_files", ()))
+            )
             for part, value in row["components"].items()
         },
         variants=variants,
         repositories={key: Repository(**value) for key, value in row.get("repositories", {}).items()},
-        sha256=row.get("sha256", {}),
+        sha256=row.get("sha256", {}),  # by part/file, or a variant's file
         directory=root / row["directory"] if "directory" in row else None,
     )
 

@@ -1,4 +1,4 @@
-"""A LoRA added to a UNet's weights. Every tensor of its file is used in the way its name says, or the file is refused."""
+"""A LoRA added to a UNet's weights: every tensor of its file is used as its name says, or the file is refused."""
 
 import json
 from collections.abc import Mapping
@@ -10,18 +10,24 @@ from models.weights import BadWeights, is_finite
 
 # What follows a module's name: in kohya's files, in PEFT's, in diffusers' own older ones.
 ROLES = {
-    **{".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"},
-    **{".lora_A.weight": "down", ".lora_B.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up"},
+    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"), "down"),
+    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight"), "up"),
+    ".alpha": "alpha",
 }
 # Stability AI's names, in which kohya trains: what is outside the blocks, and the parts of a residual block.
 OUTSIDE = {
-    **{"conv_in": "input_blocks.0.0", "conv_out": "out.2"},
-    **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
-    **{"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"},
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 INSIDE = {
-    **{"conv1": "in_layers.2", "conv2": "out_layers.3"},
-    **{"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"},
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
 }
 
 

@@ -1,6 +1,7 @@
 """The nn modules of a family: text encoders, decoder, UNet; and how the first two get their weights."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,8 +96,13 @@ def load_text_encoders(store: weights.WeightStore, place: str, dtype: torch.dtyp
 def load_decoder(store: weights.WeightStore, place: str, dtype: torch.dtype) -> Decoder:
     """The decoder with its weights, on a device. Raises MissingWeights, BadWeights."""
     config = store.config("vae")
+    if moved := [key for key in ("latents_mean", "latents_std", "shift_factor") if config.get(key) is not None]:
+        raise weights.BadWeights(f"vae/config.json: {moved[0]} is not what SDXL's latents are made with")
+    scale: Any = config.get("scaling_factor")
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise weights.BadWeights(f"vae/config.json: scaling_factor must be a number above 0, not {scale!r}")
     vae = _filled(lambda: AutoencoderKL.from_config(config), store, "vae", place, dtype)
-    return Decoder(vae, config["scaling_factor"], dtype)
+    return Decoder(vae, scale, dtype)
 
 
 def _filled(

@@ -53,6 +53,9 @@ class Pipeline:
             CLIPTokenizer.from_pretrained(store.component_folder(part), local_files_only=True)
             for part in ("tokenizer", "tokenizer_2")
         ]
+        for tokenizer, part in zip(self.tokenizers, ("text_encoder", "text_encoder_2"), strict=True):
+            # Not what its own folder says: a number above this has no embedding.
+            tokenizer.model_max_length = store.config(part).get("max_position_embeddings", 77)  # CLIP's default
         self.text: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = load_text_encoders(store, device.name, dtype)
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae

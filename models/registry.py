@@ -66,7 +66,7 @@ class Registry:
         """The table of a variant at a step count, on the device; made once. Raises ValueError for steps that the
         variant was not made for."""
         if (variant, steps) not in self._schedules:
-            made = make_schedule(self.store.family.variants[variant], steps, self.store.config("scheduler"))
+            made = make_schedule(self.store.family.variants[variant], steps)
             self._schedules[variant, steps] = made.to(self.device.name)
         return self._schedules[variant, steps]
 

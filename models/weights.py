@@ -3,10 +3,12 @@
 import hashlib
 import json
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -45,8 +47,15 @@ class WeightStore:
 
     def component_folder(self, part: str, download: bool = True) -> Path:
         """The folder that holds all files of a component. Raises MissingWeights."""
-        paths = [self.component_file(part, index, download) for index in range(len(self.family.components[part].files))]
-        return paths[0].parent
+        return next(iter(self._component_paths(part, download).values())).parent
+
+    def _component_paths(self, part: str, download: bool) -> dict[str, Path]:
+        """Where each file of a component is, by its name in the catalog."""
+        component = self.family.components[part]
+        other = [self.directory / part / file for file in component.or_files] if self.directory else []
+        if other and all(path.is_file() for path in other):
+            return dict(zip(component.or_files, other, strict=True))
+        return {file: self._find(component, file, part, download) for file in component.files}
 
     def variant_file(self, name: str, download: bool = True) -> Path:
         """The path of a variant's file. Raises MissingWeights."""
@@ -54,12 +63,14 @@ class WeightStore:
         return self._find(Component("", (variant.file,), "lightning"), variant.file, local_folder="", download=download)
 
     def config(self, part: str) -> dict[str, Any]:
-        """A component's config.json (or scheduler_config.json). Raises MissingWeights, BadWeights."""
+        """A component's config.json. Raises MissingWeights, BadWeights."""
         path = self.component_file(part, 0)
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
             raise BadWeights(f"{part}/{path.name} is not readable JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise BadWeights(f"{part}/{path.name} is no table of fields")
         return found
 
     def is_complete(self) -> bool:
@@ -82,17 +93,26 @@ class WeightStore:
             here.append(name)
         return here
 
-    def verify(self, name: str, download: bool = False) -> None:
-        """Check a variant's file against its published SHA-256 (where there is one) and read its header.
-        Raises MissingWeights, BadWeights."""
-        path = self.variant_file(name, download)
-        check_header(path)
-        self._check_digest(path)
+    def verify(self, name: str, download: bool = False) -> str:
+        """Look at the whole of every file of a component or variant. Returns "right", or that it is present where no
+        digest is known. Raises MissingWeights, BadWeights."""
+        if name in self.family.variants:
+            paths = {self.family.variants[name].file: self.variant_file(name, download)}
+        else:
+            paths = {f"{name}/{file}": path for file, path in self._component_paths(name, download).items()}
+        for key, path in paths.items():
+            if path.suffix == ".safetensors":
+                check_header(path)
+                with _opened(path):
+                    pass  # its parser refuses a file that the header does not cover exactly
+            self._check_digest(key, path)
+        unknown = [key for key in paths if key not in self.family.sha256]
+        return f"present, not verified: no digest is known of {', '.join(unknown)}" if unknown else "right"
 
-    def _check_digest(self, path: Path) -> None:
-        expected = self.family.sha256.get(path.name)
+    def _check_digest(self, key: str, path: Path) -> None:
+        expected = self.family.sha256.get(key)
         if expected and _sha256(path) != expected:
-            raise BadWeights(f"{path.name}: its SHA-256 is not the published one; delete it and fetch it again")
+            raise BadWeights(f"{key}: its SHA-256 is not the published one; delete it and fetch it again")
 
     def _find(self, component: Component, file: str, local_folder: str, download: bool) -> Path:
         if self.directory is not None:
@@ -110,7 +130,9 @@ class WeightStore:
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
             raise MissingWeights(self._advice(name, repository)) from error
         try:
-            self._check_digest(path)  # once, as it comes: what is in the cache is taken as it is
+            self._check_digest(
+                f"{local_folder}/{file}".lstrip("/"), path
+            )  # once, as it comes: what is in the cache is taken as it is
         except BadWeights:
             path.resolve().unlink()  # the cache's names are links
             path.unlink(missing_ok=True)
@@ -138,10 +160,8 @@ def read(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> d
     """Copies of all tensors of a safetensors file, by name, on a device: what becomes of the file changes nothing.
     dtype: the file's own if None. Raises BadWeights for anything else, and for tensors that are no weights."""
     check_header(path)
-    try:
-        state = safetensors.torch.load_file(path, device=device)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BadWeights(f"{path.name} is not a whole safetensors file: {error}") from error
+    with _opened(path, device) as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
     state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant, in int64
     for key, tensor in state.items():
         if not tensor.is_floating_point():
@@ -150,6 +170,16 @@ def read(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> d
         if not is_finite(state[key]):
             raise BadWeights(f"{path.name}: {key} has NaN, Inf, or what {state[key].dtype} cannot hold")
     return state
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """A file in safetensors' own reader. Raises BadWeights for what that refuses, here or within."""
+    try:
+        with safetensors.safe_open(path, "pt", device=device) as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadWeights(f"{path.name} is not a whole safetensors file: {error}") from error
 
 
 def is_finite(tensor: Tensor) -> bool:

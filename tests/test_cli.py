@@ -32,7 +32,7 @@ def test_generate_says_what_is_wrong(tmp_path):
 def test_models_are_listed_and_verified():
     assert run("models", "list").stdout.count("here") == 7
     verified = run("models", "verify")
-    assert (verified.returncode, verified.stdout.count(": right")) == (0, 14)
+    assert (verified.returncode, verified.stdout.count(": right")) == (0, 13)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -64,9 +64,9 @@ def test_models_fetch_downloads_and_refuses_what_is_not_the_published_file(tmp_p
         fetched = run("models", "fetch", "4step-unet", MODEL="sdxl", **where)
         hub.shutdown()
     assert fetched.returncode == 1
-    assert "scheduler: right" in fetched.stdout, fetched.stdout + fetched.stderr
+    assert "tokenizer: present, not verified" in fetched.stdout, fetched.stdout + fetched.stderr
     assert "4step-unet: sdxl_lightning_4step_unet.safetensors: its SHA-256 is not the published" in fetched.stdout
-    assert list(tmp_path.rglob("scheduler_config.json"))
+    assert list(tmp_path.rglob("vocab.json"))
     assert not list(tmp_path.rglob("sdxl_lightning_4step_unet.safetensors"))
 
 

@@ -15,7 +15,7 @@ from app.metrics import Metrics
 
 log = logging.getLogger("app.engine")
 
-EXPECTED = ("EXPIRED", "LOADING")  # causes that are nobody's fault, and no line in the log
+EXPECTED = ("EXPIRED", "LOADING", "UNAVAILABLE")  # nobody's fault, or logged where it happened: no line in the log
 
 
 class Fleet:

@@ -74,9 +74,8 @@ def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
     pipeline = Pipeline(store, device, dtype)
     unet = device.make_unet(store.config("unet"), dtype, config.fp8)
     registry = Registry(store, device, dtype, device.tiers(config.host_budget, config.device_budget), unet)
-    for name in preload:
-        registry.load(Weights(name))
-    say("weights loaded", variants=[row.name for row in registry.status() if row.state == "resident"])
+    _load_first(registry, preload, store.variants_here() if config.preload is None else [])
+    say("weights loaded", variants=_resident(registry))
     if attention := device.prepare(pipeline, registry):
         say("attention measured", milliseconds_per_step=attention)
     if not on_gpu and registry.bind is None:  # one module, which takes one call at a time, and all threads
@@ -84,6 +83,26 @@ def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
         torch.set_num_threads(threads)
     largest = config.max_batch or device.max_batch
     return Model(pipeline, registry, workers, tuple(1 << power for power in range(largest.bit_length())))
+
+
+def _load_first(registry: Registry, wanted: Sequence[str], others: Sequence[str]) -> None:
+    """Load what is wanted. What cannot be loaded is failed, with its reason, and the rest is served; where nothing is
+    left, the first of the others that can be loaded. Raises the first reason if there is none."""
+    errors: dict[str, Exception] = {}
+    for name in dict.fromkeys((*wanted, *others)):
+        if name in wanted or not _resident(registry):
+            try:
+                registry.load(Weights(name))
+            except CANNOT_OPEN as error:
+                errors[name] = error
+    if errors and not _resident(registry):
+        raise next(iter(errors.values()))
+    for name, reason in errors.items():
+        say("a variant cannot be loaded", level="error", variant=name, reason=str(reason)[:300])
+
+
+def _resident(registry: Registry) -> list[str]:
+    return [row.name for row in registry.status() if row.state == "resident"]
 
 
 def _cpu(workers: int, threads: int) -> Device:

@@ -1,8 +1,11 @@
 """Weights that are asked for and not there: each set is loaded in a thread of its own, while others are served."""
 
 import threading
+import time
 from collections.abc import Callable
 
+from app.errors import UNAVAILABLE
+from app.logs import say
 from models.catalog import Weights
 from models.registry import Registry
 
@@ -19,10 +22,14 @@ class Loading:
     ) -> None:
         self.registry, self._post, self._failed = registry, post, failed
         self._threads: dict[Weights, threading.Thread] = {}
+        self._backing_off: dict[Weights, tuple[float, str]] = {}  # when each may be tried again, and why it failed
 
     def ask(self, weights: Weights) -> None:
-        """Begin to load a set, unless that has begun. Under the lock."""
-        if weights not in self._threads:
+        """Begin to load a set, unless that has begun; one that failed lately fails again at once. Under the lock."""
+        again, reason = self._backing_off.get(weights, (0.0, ""))
+        if time.monotonic() < again:
+            self._failed(weights, reason)
+        elif weights not in self._threads:
             self._threads[weights] = threading.Thread(
                 target=self._load, args=(weights,), daemon=True, name=f"load {weights.variant}"
             )
@@ -34,12 +41,17 @@ class Loading:
             thread.join()
 
     def _load(self, weights: Weights) -> None:
+        reason = None
         try:
             self.registry.load(weights)
         except Exception as error:
             reason = str(error)
-            self._post(lambda: self._failed(weights, reason))
-        self._post(lambda: self._done(weights))
+            say("weights cannot be loaded", level="error", weights=str(weights), reason=reason[:300])
+        self._post(lambda: self._done(weights, reason))
 
-    def _done(self, weights: Weights) -> None:
+    def _done(self, weights: Weights, reason: str | None) -> None:
         self._threads.pop(weights, None)
+        self._backing_off.pop(weights, None)
+        if reason is not None:
+            self._backing_off[weights] = time.monotonic() + (UNAVAILABLE.retry_after or 0), reason
+            self._failed(weights, reason)

@@ -119,9 +119,13 @@ def test_stability_ais_names_are_the_ones_that_diffusers_reads():
     config = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        **{"block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10]},
-        **{"attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "use_linear_projection": True},
-        **{"addition_embed_type": "text_time", "addition_time_embed_dim": 256},
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     }
     unet = UNet(config).unet
