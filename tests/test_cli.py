@@ -9,6 +9,7 @@ from threading import Thread
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
 
@@ -33,6 +34,39 @@ def test_models_are_listed_and_verified():
     assert run("models", "list").stdout.count("here") == 7
     verified = run("models", "verify")
     assert (verified.returncode, verified.stdout.count(": right")) == (0, 13)
+
+
+def test_models_verify_looks_at_the_whole_of_every_file(embedded_copy):
+    for name, damage in {
+        "vae/diffusion_pytorch_model.safetensors": lambda data: data[:-1001] + bytes([data[-1001] ^ 1]),
+        "text_encoder/model.safetensors": lambda data: b"\x80\x04K\x01.\0\0\0",  # a pickle
+        "unet/config.json": lambda data: data + b" ",
+        "sdxl_lightning_4step_unet.safetensors": lambda data: data[:-5000],
+        "sdxl_lightning_4step_lora.safetensors": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    }.items():
+        path = embedded_copy / name
+        path.write_bytes(damage(path.read_bytes()))
+    (embedded_copy / "tokenizer_2" / "merges.txt").unlink()
+    verified = run("models", "verify", MODEL_DIR=str(embedded_copy))
+    lines = dict(line.split(": ", 1) for line in verified.stdout.splitlines())
+    wrong = {"vae", "text_encoder", "unet", "4step-unet", "4step-lora", "tokenizer_2"}
+    assert (verified.returncode, {name for name, said in lines.items() if said != "right"}) == (1, wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor", "number", "said"),
+    [
+        ("sdxl_lightning_4step_unet.safetensors", "conv_in.weight", float("nan"), "conv_in.weight has NaN"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.weight", 0.0, "blank or undefined picture"),
+    ],
+)
+def test_generate_never_writes_an_invalid_picture(embedded_copy, tmp_path, file, tensor, number, said):
+    state = load_file(embedded_copy / file)
+    state[tensor][:] = number
+    save_file(state, embedded_copy / file)
+    done = run("generate", "a red apple", "--output", str(tmp_path / "x.png"), MODEL_DIR=str(embedded_copy))
+    assert (done.returncode, said in done.stderr, (tmp_path / "x.png").exists()) == (1, True, False)
+    assert "Traceback" not in done.stderr
 
 
 class Hub(BaseHTTPRequestHandler):

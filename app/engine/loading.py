@@ -46,8 +46,9 @@ class Loading:
             self.registry.load(weights)
         except Exception as error:
             reason = str(error)
-            say("weights cannot be loaded", level="error", weights=str(weights), reason=reason[:300])
         self._post(lambda: self._done(weights, reason))
+        if reason is not None:
+            say("weights cannot be loaded", level="error", weights=str(weights), reason=reason[:300])
 
     def _done(self, weights: Weights, reason: str | None) -> None:
         self._threads.pop(weights, None)

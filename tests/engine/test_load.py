@@ -9,8 +9,9 @@ from app.engine.cores import lower
 from app.engine.load import open_model
 from app.engine.messages import EngineConfig
 from app.settings import EngineSettings
+from models.catalog import CATALOG
 from models.device import NoDevice
-from models.weights import MissingWeights
+from models.weights import BadWeights, MissingWeights
 
 
 def config(**changes: object) -> EngineConfig:
@@ -49,6 +50,41 @@ def test_what_is_to_be_resident_is_and_nothing_else():
 def test_an_unknown_name_in_preload_is_refused_with_those_there_are():
     with pytest.raises(MissingWeights, match="no such variant: 3step-unet; there are 1step-unet"):
         open_model(config(preload=["3step-unet"]))
+
+
+def damage(folder, *names):
+    for name in names:
+        path = folder / CATALOG["embedded"].variants[name].file
+        path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("preload", "broken", "resident"),
+    [
+        (None, ["4step-lora", "4step-unet"], 5),
+        (["4step-lora", "2step-unet"], ["4step-lora"], 1),
+    ],
+)
+def test_a_variant_that_cannot_be_loaded_leaves_the_others_served(embedded_copy, preload, broken, resident):
+    damage(embedded_copy, *broken)
+    rows = open_model(config(directory=str(embedded_copy), preload=preload)).registry.status()
+    assert sum(row.state == "resident" for row in rows) == resident
+    failed = {row.name: row.reason for row in rows if row.state == "failed"}
+    assert list(failed) == sorted(broken, reverse="4step-unet" in broken)
+    assert all("is not a whole safetensors file" in reason for reason in failed.values())
+
+
+def test_where_sdxls_one_variant_is_broken_the_first_other_one_is_served(embedded_copy, monkeypatch):
+    monkeypatch.setattr("app.engine.load.choose_preload", lambda store: ["4step-unet"])  # as it does for SDXL
+    damage(embedded_copy, "4step-unet", "1step-unet")
+    rows = open_model(config(directory=str(embedded_copy))).registry.status()
+    assert [row.name for row in rows if row.state == "resident"] == ["2step-unet"]
+
+
+def test_where_no_variant_is_left_the_reason_is_told(embedded_copy):
+    damage(embedded_copy, "4step-unet")
+    with pytest.raises(BadWeights, match="sdxl_lightning_4step_unet"):
+        open_model(config(directory=str(embedded_copy), preload=["4step-unet"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

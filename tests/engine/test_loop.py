@@ -1,6 +1,7 @@
 """The engine's loop with the real model: faults stay with their row, loads stay out of the way, memory is learned."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from app.engine.costs import Costs
 from app.engine.jobs import Job
 from app.engine.loop import Loop
 from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Report, Submit
+from app.errors import UNAVAILABLE
 from models.catalog import CATALOG, Weights
 from models.device import Device, Tier
 from models.pipeline import Pipeline
@@ -122,6 +124,25 @@ def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embed
     loop.post(Submit([job(0, variant="8step-unet"), job(1)]))
     serve(loop, sent, 2)
     assert (sent.done(), sent.failed()) == ({1}, {0: "UNAVAILABLE"})
+
+
+@pytest.mark.parametrize(("seconds", "second"), [(30, {1: "UNAVAILABLE"}), (0, {})])
+def test_a_load_that_failed_is_not_tried_again_at_once_and_logged_once(
+    pipeline, embedded_copy, monkeypatch, capsys, seconds, second
+):
+    monkeypatch.setattr("app.engine.loading.UNAVAILABLE", replace(UNAVAILABLE, retry_after=seconds))
+    broken = embedded_copy / FAMILY.variants["8step-unet"].file
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:5000])
+    loop, sent = make_loop(pipeline, "2step-unet", directory=embedded_copy)
+    with running(loop):
+        loop.post(Submit([job(0, variant="8step-unet")]))
+        assert eventually(lambda: bool(sent.failed()))
+        broken.write_bytes(whole)
+        loop.post(Submit([job(1, variant="8step-unet")]))
+        assert eventually(lambda: len(sent.done()) + len(sent.failed()) == 2)
+    assert sent.failed() == {0: "UNAVAILABLE", **second}
+    assert capsys.readouterr().err.count("weights cannot be loaded") == 1
 
 
 def test_more_variants_than_two_tiers_hold_are_all_served_and_evicted_in_turn(pipeline):

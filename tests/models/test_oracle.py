@@ -1,11 +1,14 @@
 """Every variant retraces diffusers' own pipeline, alone and in batches whose rows stand at different steps."""
 
+import json
+import shutil
 from collections.abc import Sequence
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from models.catalog import Weights
 from models.device import Device, Tier
@@ -116,3 +119,25 @@ def test_text_encoders_with_the_released_files_older_names_load_alike(pipeline, 
     other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
     ours, theirs = (each.encode([PROMPTS[0]])[0] for each in (pipeline, other))
     torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds)
+
+
+@pytest.mark.parametrize("changed", [{"model_max_length": 10**30}, {"model_max_length": 12}, {}, None])
+def test_tokenizers_read_as_much_as_the_text_encoders_whatever_their_own_folders_say(pipeline, embedded_copy, changed):
+    """None: the folder as today's save_pretrained writes it."""
+    for name in ("tokenizer", "tokenizer_2"):
+        folder = embedded_copy / name
+        path = folder / "tokenizer_config.json"
+        if changed is None:
+            tokenizer = CLIPTokenizer.from_pretrained(folder)
+            shutil.rmtree(folder)
+            tokenizer.save_pretrained(folder)
+            assert {each.name for each in folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+            continue
+        config = json.loads(path.read_text())
+        del config["model_max_length"]
+        path.write_text(json.dumps({**config, **changed}))
+    other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
+    for prompt in (PROMPTS[0], "a red apple " * 100):
+        ours, theirs = (each.encode([prompt])[0] for each in (pipeline, other))
+        torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=0, atol=0)
+        assert ours.truncated == theirs.truncated

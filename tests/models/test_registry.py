@@ -126,6 +126,61 @@ def test_a_load_that_fails_says_why_and_leaves_the_others_serving(embedded_copy,
     registry.use(Weights("4step-unet"))
 
 
+def damage_dtype(dtype):
+    def damage(path):
+        save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
+
+    return damage
+
+
+def damage_number(number):
+    def damage(path):
+        state = load_file(path)
+        state["conv_in.weight"][-1, -1, -1, -1] = number
+        save_file(state, path)
+
+    return damage
+
+
+NO_WEIGHTS = [damage_dtype(dtype) for dtype in (torch.int8, torch.int64, torch.bool, torch.complex64)]
+NOT_FINITE = [damage_number(number) for number in (torch.nan, torch.inf, -torch.inf)]
+
+
+@pytest.mark.parametrize("damage", NO_WEIGHTS + NOT_FINITE)
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (FAMILY.variants["4step-unet"].file, "4step-unet"),
+        ("unet/diffusion_pytorch_model.safetensors", "4step-lora"),  # the base, which the LoRA is added to
+    ],
+)
+def test_weights_that_are_no_weights_are_refused_when_loaded(embedded_copy, damage, file, name):
+    damage(embedded_copy / file)
+    with pytest.raises(BadWeights, match=r"is not floating point|conv_in\.weight has NaN, Inf"):
+        make_registry([8], embedded_copy).load(Weights(name))
+
+
+def test_what_float16_cannot_hold_is_refused(embedded_copy):
+    path = embedded_copy / FAMILY.variants["4step-unet"].file
+    damage_dtype(torch.float32)(path)
+    damage_number(1e6)(path)
+    registry = Registry(WeightStore(FAMILY, embedded_copy), Device(), torch.float16, [Tier("cpu", 1 << 40)])
+    with pytest.raises(BadWeights, match="cannot hold"):
+        registry.load(Weights("4step-unet"))
+
+
+@pytest.mark.parametrize("name", ["4step-unet", "4step-lora"])
+def test_what_is_served_is_a_copy_of_the_file(embedded_copy, name):
+    """In the files' own dtype, in which nothing has to be converted."""
+    registry = Registry(WeightStore(FAMILY, embedded_copy), Device(), torch.float16, [Tier("cpu", 1 << 40)])
+    registry.load(Weights(name))
+    before = {key: tensor.clone() for key, tensor in registry.weight_set(Weights(name)).items()}
+    for file in (FAMILY.variants[name].file, "unet/diffusion_pytorch_model.safetensors"):
+        with (embedded_copy / file).open("r+b") as opened:
+            opened.write(b"\xff" * (embedded_copy / file).stat().st_size)
+    assert all(torch.equal(before[key], now) for key, now in registry.weight_set(Weights(name)).items())
+
+
 def test_a_lora_that_is_none_is_refused(embedded_copy):
     save_file(
         {"lora_unet_nonsense.lora_down.weight": torch.zeros(4, 4)}, embedded_copy / FAMILY.variants["4step-lora"].file

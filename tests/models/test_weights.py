@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save
 
 from models.catalog import CATALOG, Weights, read_catalog
 from models.device import Device, Tier
+from models.modules import load_decoder
 from models.registry import Registry
 from models.weights import BadWeights, MissingWeights, WeightStore, check_header, read
 
@@ -88,6 +90,44 @@ def test_offline_without_a_cache_the_error_says_what_to_fetch(tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match=r"sdxl_lightning_4step_unet\.safetensors.*models fetch"):
         WeightStore(CATALOG["sdxl"]).variant_file("4step-unet")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({key: 0.5} for key in ("latents_mean", "latents_std", "shift_factor")),
+        *({"scaling_factor": value} for value in (0, -1, None, "0.13025", float("nan"), float("inf"))),
+    ],
+)
+def test_fields_that_move_the_latents_before_they_are_decoded_are_refused(embedded_copy, changed):
+    path = embedded_copy / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(BadWeights, match=rf"vae/config.json: {next(iter(changed))}"):
+        load_decoder(WeightStore(CATALOG["embedded"], embedded_copy), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("content", ["[]", '"org/name"', "{", "1" + "[" * 100_000])
+def test_a_config_that_is_no_table_is_refused(embedded_copy, content):
+    (embedded_copy / "unet" / "config.json").write_text(content)
+    with pytest.raises(BadWeights, match=r"unet/config\.json"):
+        WeightStore(CATALOG["embedded"], embedded_copy).config("unet")
+
+
+def test_every_file_of_the_embedded_model_has_its_digest_in_the_catalog():
+    family = CATALOG["embedded"]
+    files = {f"{part}/{file}" for part, component in family.components.items() for file in component.files}
+    assert family.sha256.keys() == files | {variant.file for variant in family.variants.values()}
+    for name in (*family.components, *family.variants):
+        assert WeightStore(family).verify(name) == "right"
+
+
+def test_what_has_no_digest_is_present_and_not_verified(embedded_copy):
+    family = replace(CATALOG["embedded"], sha256={})
+    assert "not verified: no digest is known of vae/config" in WeightStore(family, embedded_copy).verify("vae")
+    path = embedded_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    for data in (path.read_bytes()[:-1], path.read_bytes() + b"x"):
+        with pytest.raises(BadWeights, match="not a whole safetensors file"):
+            WeightStore(family, write(path, data).parent.parent).verify("vae")
 
 
 def test_a_model_with_a_foreign_class_in_its_index_runs_no_foreign_code(embedded_copy):
