@@ -54,15 +54,16 @@ def test_models_verify_looks_at_the_whole_of_every_file(embedded_copy):
 
 
 @pytest.mark.parametrize(
-    ("file", "tensor", "number", "said"),
+    ("file", "tensors", "number", "said"),
     [
-        ("sdxl_lightning_4step_unet.safetensors", "conv_in.weight", float("nan"), "conv_in.weight has NaN"),
-        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.weight", 0.0, "blank or undefined picture"),
+        ("sdxl_lightning_4step_unet.safetensors", "conv_in.w", float("nan"), "conv_in.weight has NaN"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.", 0.0, "blank or undefined picture"),
     ],
 )
-def test_generate_never_writes_an_invalid_picture(embedded_copy, tmp_path, file, tensor, number, said):
+def test_generate_never_writes_an_invalid_picture(embedded_copy, tmp_path, file, tensors, number, said):
     state = load_file(embedded_copy / file)
-    state[tensor][:] = number
+    for tensor in (tensor for name, tensor in state.items() if name.startswith(tensors)):
+        tensor[:] = number
     save_file(state, embedded_copy / file)
     done = run("generate", "a red apple", "--output", str(tmp_path / "x.png"), MODEL_DIR=str(embedded_copy))
     assert (done.returncode, said in done.stderr, (tmp_path / "x.png").exists()) == (1, True, False)
