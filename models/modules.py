@@ -111,6 +111,7 @@ def _filled(
     state = weights.read(store.component_file(part), place, dtype)
     with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
         module = make()
+    state.pop(weights.POSITION_IDS, None)
     if not any(key.startswith("text_model.") for key in module.state_dict()):
         # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
         state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 from models.catalog import Component, Family, Repository
 
 HEADER_LIMIT = 8 << 20  # bytes; SDXL's UNet header takes 0.2 MB. A larger one is an attack, not a model.
+POSITION_IDS = "text_model.embeddings.position_ids"  # a constant, in int64, in older exports of CLIP
 TENSOR_LIMIT = 20_000  # SDXL's LoRA files hold 2,364
 
 
@@ -160,15 +161,15 @@ def read(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> d
     """Copies of all tensors of a safetensors file, by name, on a device: what becomes of the file changes nothing.
     dtype: the file's own if None. Raises BadWeights for anything else, and for tensors that are no weights."""
     check_header(path)
+    state = {}
     with _opened(path, device) as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-    state.pop("text_model.embeddings.position_ids", None)  # older exports of CLIP carry this constant, in int64
-    for key, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise BadWeights(f"{path.name}: {key} is {tensor.dtype}, which is not floating point")
-        state[key] = tensor.to(dtype or tensor.dtype, copy=device == "cpu")  # else load_file made the copy
-        if not is_finite(state[key]):
-            raise BadWeights(f"{path.name}: {key} has NaN, Inf, or what {state[key].dtype} cannot hold")
+        for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            tensor = file.get_tensor(key)
+            if not tensor.is_floating_point() and key != POSITION_IDS:
+                raise BadWeights(f"{path.name}: {key} is {tensor.dtype}, which is not floating point")
+            state[key] = tensor.to(dtype or tensor.dtype, copy=device == "cpu")  # elsewhere get_tensor made the copy
+            if not is_finite(state[key]):
+                raise BadWeights(f"{path.name}: {key} has NaN, Inf, or what {state[key].dtype} cannot hold")
     return state
 
 
@@ -178,6 +179,8 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, "pt", device=device) as file:
             yield file
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with the file
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadWeights(f"{path.name} is not a whole safetensors file: {error}") from error
 

@@ -32,9 +32,10 @@ class WeightSets:
         else:
             state = weights.read(self.store.component_file("unet"), place)  # as it is: rounded once, behind the sum
             weights.check_fit(self._expected, state, "unet")
-            metadata = weights.check_header(path).get("__metadata__", {}).get("lora_adapter_metadata", "{}")
-            layers = self.store.config("unet")["layers_per_block"]
-            lora.fuse(state, weights.read(path, place), layers, self.dtype, variant.file, metadata)
+            added = weights.read(path, place)
+            metadata = (weights.check_header(path).get("__metadata__") or {}).get("lora_adapter_metadata", "{}")
+            layers = self.store.config("unet").get("layers_per_block", 2)
+            lora.fuse(state, added, layers, self.dtype, variant.file, metadata)
         for key, tensor in state.items():  # one by one, so that there is never a second set
             layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
             state[key] = tensor.to(self.dtype, memory_format=layout)

@@ -83,6 +83,7 @@ TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
         ({f"{TE}.{end}": torch.ones(4, 4) for end in ("lora_down.weight", "lora_up.weight", "alpha")}, TE),
         (beside(f"{TE}.lora_down.weight"), f"{TE}.lora_down.weight"),
         (beside("text_encoder.x.lora_A.weight"), "text_encoder.x.lora_A"),
+        (beside("text_model.embeddings.position_ids", torch.arange(24)), "position_ids"),
         (beside("lora_unet_nowhere.lora_down.weight"), "lora_unet_nowhere"),
         *((beside(f"{KOHYA}.{end}"), f"{KOHYA}.{end}") for end in ("lora_mid.weight", "hada_w1_a", "lokr_w1", "diff")),
         (beside(f"{KOHYA}.dora_scale"), f"{KOHYA}.dora_scale"),

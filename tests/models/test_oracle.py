@@ -115,7 +115,8 @@ def test_a_picture_of_undefined_or_flat_pixels_is_found_invalid(pipeline, regist
 def test_text_encoders_with_the_released_files_older_names_load_alike(pipeline, embedded_copy):
     path = embedded_copy / "text_encoder" / "model.safetensors"
     state = load_file(path)
-    save_file({f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in state.items()}, path)
+    older = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in state.items()}
+    save_file(older | {"text_model.embeddings.position_ids": torch.arange(24)[None]}, path)
     other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
     ours, theirs = (each.encode([PROMPTS[0]])[0] for each in (pipeline, other))
     torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds)

@@ -160,6 +160,12 @@ def test_weights_that_are_no_weights_are_refused_when_loaded(embedded_copy, dama
         make_registry([8], embedded_copy).load(Weights(name))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_every_floating_point_is_read(embedded_copy, dtype):
+    damage_dtype(dtype)(embedded_copy / FAMILY.variants["4step-unet"].file)
+    make_registry([8], embedded_copy).load(Weights("4step-unet"))
+
+
 def test_what_float16_cannot_hold_is_refused(embedded_copy):
     path = embedded_copy / FAMILY.variants["4step-unet"].file
     damage_dtype(torch.float32)(path)
