@@ -29,7 +29,7 @@ def quietly_open(directory: Path, dtype: torch.dtype) -> SDXL:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     pipeline: SDXL = StableDiffusionXLPipeline.from_pretrained(
-        directory, torch_dtype=dtype, use_safetensors=True, add_watermarker=False
+        directory, dtype=dtype, use_safetensors=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

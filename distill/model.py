@@ -86,11 +86,11 @@ def vocabulary() -> dict[str, Any]:
 def load_base(folder: Path) -> Model:
     """In fp32, on the CPU."""
     encoders = text.TextEncoders(
-        CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32),
-        CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2", torch_dtype=torch.float32),
+        CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32),
+        CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2", dtype=torch.float32),
     )
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
     return Model(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"), encoders, unet, vae)
 
 

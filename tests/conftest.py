@@ -53,6 +53,8 @@ class ServerProcess:
             if self.status("/ready") == 200:
                 return self
             time.sleep(0.1)
+        self.process.kill()
+        self.process.wait()
         raise AssertionError(f"the server is not ready:\n{self.log.read_text()[-3000:]}")
 
     def status(self, path: str) -> int:

@@ -22,7 +22,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_generate_draws_a_prompt_into_a_file(tmp_path):
     done = run("generate", "a red apple on a blue background", "--seed", "7", "--output", str(tmp_path / "apple.png"))
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "apple.png").size == (128, 128)
+    with Image.open(tmp_path / "apple.png") as picture:
+        assert picture.size == (128, 128)
 
 
 def test_generate_says_what_is_wrong(tmp_path):

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -39,15 +39,17 @@ def test_requests_that_do_not_arrive_in_time_are_ended(server):
         HEAD + b'content-length: 9\r\n\r\n{"p',
         b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n",
     )
-    socks = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in begun]
-    start = time.monotonic()
-    for sock, request in zip(socks, begun, strict=True):
-        sock.sendall(request)
-    while time.monotonic() - start < RECEIVE_S - 2:
-        time.sleep(0.5)
-        with suppress(OSError):
-            socks[1].sendall(b"a")
-    nothing, head, body, after = (answer(sock) for sock in socks)
+    with ExitStack() as stack:
+        connected = (socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in begun)
+        socks = [stack.enter_context(sock) for sock in connected]
+        start = time.monotonic()
+        for sock, request in zip(socks, begun, strict=True):
+            sock.sendall(request)
+        while time.monotonic() - start < RECEIVE_S - 2:
+            time.sleep(0.5)
+            with suppress(OSError):
+                socks[1].sendall(b"a")
+        nothing, head, body, after = (answer(sock) for sock in socks)
     assert time.monotonic() - start >= RECEIVE_S - 0.5
     assert nothing == b""
     for slow in (head, body):
