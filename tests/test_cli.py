@@ -82,8 +82,8 @@ def test_a_name_with_our_prefix_wins_and_home_is_expanded():
     assert "is not in /h/ü/m" in shown.stdout, shown.stdout + shown.stderr
 
 
-def test_a_uid_without_a_name_or_a_home_gets_a_temporary_cache(monkeypatch):
-    code = "import os; os.setuid(12345); from app.settings import Settings; print(Settings().engine_config().cache)"
+def test_a_uid_without_a_name_or_a_home_gets_a_temporary_cache():
+    code = "import os, app.settings as s; os.setuid(12345); print(s.Settings().engine_config().cache)"
     bare = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     if os.getuid() != 0:
         pytest.skip("only root may take another uid")

@@ -89,6 +89,7 @@ class Wire:
     def _read(self) -> None:
         while True:
             try:
-                self.hear(receive(self._sock))
+                message = receive(self._sock)
+                self.hear(message)  # as it is now, not as it was before we waited
             except (EOFError, OSError):
                 os._exit(0)
