@@ -73,7 +73,7 @@ class EngineSettings(BaseSettings):
             EnvSettingsSource(settings_cls, env_ignore_empty=True),
         )
 
-    @field_validator("model_dir", "cache_dir")
+    @field_validator("model_dir")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
@@ -84,7 +84,7 @@ class EngineSettings(BaseSettings):
     def engine_config(self) -> EngineConfig:
         """The part that the engine process is told."""
         try:
-            cache = self.cache_dir.expanduser()  # a default is not validated
+            cache = self.cache_dir.expanduser()
         except RuntimeError:
             cache = Path(tempfile.mkdtemp(prefix="sdxl-lightning-"))
             log.warning("no home directory: compiled code is kept in %s, for this run only; set CACHE_DIR", cache)

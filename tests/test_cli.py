@@ -152,8 +152,12 @@ def test_models_fetch_says_what_the_hub_or_the_disk_said(tmp_path):
         where = {"MODEL": "sdxl", "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         gated = run("models", "fetch", "4step-lora", HF_HOME=str(tmp_path), **where)
         hub.shutdown()
-    refused = run("models", "fetch", "4step-lora", HF_HOME=str(tmp_path), **where)
-    for done, cause in ((gated, "127.0.0.1 answered 401"), (refused, "refused")):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        where["HF_ENDPOINT"] = f"http://127.0.0.1:{hub.server_port}"
+        no_disk = run("models", "fetch", "4step-lora", HF_HOME="/proc/nope", **where)
+        hub.shutdown()
+    for done, cause in ((gated, "127.0.0.1 answered 401"), (no_disk, "/proc/nope")):
         assert done.returncode == 1
         assert cause in done.stdout, done.stdout + done.stderr
         assert "models fetch" not in done.stdout
