@@ -1,5 +1,6 @@
 """The command line: serve, generate (one prompt to a file, without a server), and models (list, fetch, verify)."""
 
+import contextlib
 import os
 import random
 import sys
@@ -96,9 +97,8 @@ class CommandLine(
 def main() -> None:
     """The entry point of `sdxl-lightning`."""
     logs.keep_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    with contextlib.suppress(AttributeError, OSError):  # where it is closed, or cannot be asked
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         CliApp.run(CommandLine)
     except ValidationError as error:

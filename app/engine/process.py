@@ -102,7 +102,7 @@ class EngineProcess:
             started = time.monotonic()
             try:
                 await self._live()
-            except asyncio.IncompleteReadError:
+            except (asyncio.IncompleteReadError, ConnectionError):
                 log.debug("the engine's pipe ended")
             except Exception:
                 log.exception("the engine or its pipe failed")
