@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor
@@ -108,9 +108,9 @@ class WeightStore:
             raise MissingWeights(self._advice(name, repository))
         try:
             path = Path(hf_hub_download(repository.id, name, revision=repository.revision))  # shows a progress bar
-        except OfflineModeIsEnabled as error:
-            raise MissingWeights(f"{self._advice(name, repository)} HF_HUB_OFFLINE forbids a download.") from error
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+            if constants.HF_HUB_OFFLINE:
+                raise MissingWeights(f"{self._advice(name, repository)} HF_HUB_OFFLINE forbids a download.") from error
             cause = _cause(error)
             raise MissingWeights(f"{name} of {repository.id} cannot be downloaded: {cause}") from error
         try:

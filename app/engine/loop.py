@@ -41,7 +41,6 @@ from models.pipeline import Conditioning, Pipeline
 from models.registry import Registry
 
 log = logging.getLogger(__name__)
-
 CHANGE_S = 300.0  # a change that takes longer has hung: a recording on a GPU may take many seconds
 MANY = 1 << 30
 
