@@ -181,3 +181,12 @@ def test_models_say_why_a_variant_failed_and_not_where_its_file_is():
 
 def test_ready_says_that_all_seven_are_resident(server):
     assert httpx.get(f"{server.url}/ready").json()["resident"] == list(VARIANTS)
+
+
+def test_several_accept_lines_are_one_list_and_an_invisible_prompt_is_refused(server):
+    headers = [("accept", "text/plain"), ("accept", "image/png")]
+    answer = httpx.post(f"{server.url}/generate", json=APPLE, headers=headers, timeout=60)
+    assert answer.headers["content-type"] == "image/png"
+    for prompt in (" ", "\u200b\u2060", "\u3164", "\x00"):
+        refused = server.generate(prompt=prompt)
+        assert (refused.status_code, refused.json()["field"]) == (422, "prompt")
