@@ -1,14 +1,19 @@
 """The command line: serve, generate (one prompt to a file, without a server), and models (list, fetch, verify)."""
 
+import contextlib
+import os
 import random
 import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
-from app.settings import EngineSettings, Settings
+from app import logs
+from app.order import PROMPT_LIMIT, is_blank
+from app.settings import PREFIX, EngineSettings, Settings
 from models.catalog import CATALOG
 
 
@@ -17,7 +22,6 @@ class Serve(Settings):
 
     def cli_cmd(self) -> None:
         """Run the server."""
-        from app import logs
         from app.api.deps import parts_of
         from app.http.server import serve
         from app.main import create_app
@@ -30,10 +34,22 @@ class Serve(Settings):
 class Generate(EngineSettings):
     """Draw one prompt into a file, without a server."""
 
-    prompt: CliPositionalArg[str] = Field(description="what to draw")
+    prompt: CliPositionalArg[str] = Field(max_length=PROMPT_LIMIT, description="what to draw")
     variant: str = Field("4step-unet", description="weights by name; see `models list`")
     seed: int | None = Field(None, ge=0, lt=2**32, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _is_text(cls, prompt: str) -> str:
+        try:
+            if any("\udc80" <= char <= "\udcff" for char in prompt):
+                prompt = os.fsencode(prompt).decode()  # where the locale knows ASCII only
+        except UnicodeError:
+            raise ValueError("the prompt is not UTF-8") from None
+        if is_blank(prompt):
+            raise ValueError("the prompt must have a character that can be seen")
+        return prompt
 
     def cli_cmd(self) -> None:
         """Draw and save."""
@@ -64,7 +80,9 @@ class Models(EngineSettings):
             sys.exit(1)
 
 
-class CommandLine(BaseSettings, cli_kebab_case=True, cli_prog_name="sdxl-lightning"):
+class CommandLine(
+    BaseSettings, cli_kebab_case=True, cli_prog_name="sdxl-lightning", cli_parse_none_str="\0"
+):  # "null" is a prompt like others
     """Few-step text-to-image generation with SDXL-Lightning."""
 
     serve: CliSubCommand[Serve]
@@ -78,7 +96,28 @@ class CommandLine(BaseSettings, cli_kebab_case=True, cli_prog_name="sdxl-lightni
 
 def main() -> None:
     """The entry point of `sdxl-lightning`."""
-    CliApp.run(CommandLine)
+    logs.keep_descriptors()
+    with contextlib.suppress(AttributeError, OSError):  # where it is closed, or cannot be asked
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        CliApp.run(CommandLine)
+    except ValidationError as error:
+        print(*map(_sentence, error.errors()), sep="\n", file=sys.stderr)
+        sys.exit(2)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """What is wrong with a setting: its variable or flag as it was given, the value, and what is possible."""
+    field = str(error["loc"][-1])
+    variables = (f"{PREFIX}{field}".upper(), field.upper())
+    name = next(
+        (each for each in variables if os.environ.get(each, "").lower() == str(error["input"]).lower()),
+        f"--{field.replace('_', '-')}",
+    )
+    return f"{name}={str(error['input'])[:200]!r}: {error['msg'].removeprefix('Value error, ')}"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ class Metrics:
         )
         self.ready = Gauge("sdxl_ready", "1 while the server takes requests.", registry=registry)
         self.restarts = Counter("sdxl_engine_restarts", "Engine processes that ended unasked.", registry=registry)
+        self.log_lines_dropped = Counter(
+            "sdxl_log_lines_dropped", "Log lines that could not be written.", registry=registry
+        )
         self.step_cost = Gauge(
             "sdxl_step_cost_seconds", "Measured at warm-up: one UNet call.", ["batch"], registry=registry
         )

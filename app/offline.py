@@ -1,5 +1,6 @@
 """The commands that need the model but no server."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +16,28 @@ from models.weights import BadWeights, MissingWeights, WeightStore
 
 def draw(settings: EngineSettings, prompt: str, variant: str, seed: int, output: Path) -> None:
     """One picture of `prompt` into `output`. Exits with a sentence where that is impossible."""
-    kind = output.suffix.removeprefix(".").replace("jpg", "jpeg")
+    kind = output.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
     if kind not in MEDIA_TYPES:
         sys.exit(f"{output}: the name must end in .png, .jpeg or .webp")
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        sys.exit(f"{output} cannot be written: its folder must be there, and writable")
     try:
         model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[variant]), workers=1)
     except CANNOT_OPEN as error:
         sys.exit(str(error))
     steps, side = model.family.variants[variant].steps, model.family.size.default
     unet, schedule = model.registry.use(Weights(variant)), model.registry.schedule(variant, steps)
-    pixels, valid = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
+    try:
+        pixels, valid = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
+    except Exception as error:
+        sys.exit(f"no picture could be drawn: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     if not valid.all():
-        sys.exit(f"{variant} made a blank or undefined picture, which is not written; try another seed")
+        sys.exit(f"no picture was written: {variant} made a blank or undefined picture; try another seed or variant")
     parameters = {"Steps": steps, "Seed": seed, "Model": f"sdxl-lightning-{variant}"}
-    output.write_bytes(encode(pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
+    try:
+        output.write_bytes(encode(pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
+    except OSError as error:
+        sys.exit(f"{output} cannot be written: {error.strerror}")
 
 
 def list_variants(settings: EngineSettings, family: Family) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+import unicodedata
 from dataclasses import dataclass
 
 from app import errors
@@ -11,6 +12,14 @@ from models.catalog import Family, Variant, Weights
 
 DEFAULT_STEPS = 4
 SEED_LIMIT = 2**32
+PROMPT_LIMIT = 2000  # characters
+UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks that are drawn as nothing
+
+
+def is_blank(prompt: str) -> bool:
+    """Whether nothing of a prompt can be seen."""
+    return all(char in BLANK or "\ufe00" <= char <= "\ufe0f" or unicodedata.category(char) in UNSEEN for char in prompt)
 
 
 @dataclass(frozen=True)

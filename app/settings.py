@@ -1,14 +1,20 @@
 """All settings, from environment variables or flags of the same names; the README's table lists them."""
 
+import logging
+import tempfile
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.engine.messages import EngineConfig
 
 GIB = 2**30
+PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
+
+log = logging.getLogger("app.settings")
 
 
 class EngineSettings(BaseSettings):
@@ -52,11 +58,39 @@ class EngineSettings(BaseSettings):
         Path("~/.cache/sdxl-lightning-server"), description="where compiled code is kept; safe to delete"
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *others: object,
+        **named: object,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then variables with the prefix, then plain ones."""
+        return (
+            init_settings,
+            EnvSettingsSource(settings_cls, env_prefix=PREFIX, env_ignore_empty=True),
+            EnvSettingsSource(settings_cls, env_ignore_empty=True),
+        )
+
+    @field_validator("model_dir")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        try:
+            return value and value.expanduser()
+        except RuntimeError as error:  # no HOME, and a uid without a name; or no such user
+            raise ValueError(f"~ stands for nothing here: {error}") from error
+
     def engine_config(self) -> EngineConfig:
         """The part that the engine process is told."""
+        try:
+            cache = self.cache_dir.expanduser()
+        except RuntimeError:
+            cache = Path(tempfile.mkdtemp(prefix="sdxl-lightning-"))
+            log.warning("no home directory: compiled code is kept in %s, for this run only; set CACHE_DIR", cache)
         return EngineConfig(
             model=self.model,
-            directory=str(self.model_dir.expanduser().resolve()) if self.model_dir else None,
+            directory=str(self.model_dir.resolve()) if self.model_dir else None,
             device=self.device,
             dtype=self.dtype,
             threads=self.threads,
@@ -66,14 +100,14 @@ class EngineSettings(BaseSettings):
             host_budget=int(self.host_budget_gib * GIB),
             compile=self.compile,
             fp8=self.fp8,
-            cache=str(self.cache_dir.expanduser()),
+            cache=str(cache),
         )
 
 
 class Settings(EngineSettings):
     """The server's settings."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6 only")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     root_path: str = Field("", description="the path under which a proxy shows this server, e.g. /sdxl")
     queue_limit: int = Field(256, ge=1, le=100_000, description="pictures accepted and not finished; more get a 429")
@@ -82,6 +116,20 @@ class Settings(EngineSettings):
     max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, value: str) -> str:
+        return value.strip("[]")
+
+    def engine_config(self) -> EngineConfig:
+        """With the log's level."""
+        return msgspec.structs.replace(super().engine_config(), log_level=self.log_level)
 
     @field_validator("max_timeout_s")
     @classmethod

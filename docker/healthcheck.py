@@ -3,5 +3,10 @@
 import os
 import urllib.request
 
-address = f"http://127.0.0.1:{os.environ.get('PORT', '8000')}/ready"
+host, port = (
+    os.environ.get(f"SDXL_{name}") or os.environ.get(name) or usual
+    for name, usual in (("HOST", "127.0.0.1"), ("PORT", "8000"))
+)
+host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))  # noqa: S104
+address = f"http://[{host}]:{port}/ready" if ":" in host else f"http://{host}:{port}/ready"
 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=5)  # raises unless it is a 2xx

@@ -10,7 +10,7 @@ from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor
@@ -70,8 +70,8 @@ class WeightStore:
             found = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise BadWeights(f"{part}/{path.name} is not readable JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise BadWeights(f"{part}/{path.name} is no table of fields")
+        if not isinstance(found, dict):  # diffusers takes a string for a repository, and asks the hub
+            raise BadWeights(f"{part}/{path.name} holds no JSON object")
         return found
 
     def is_complete(self) -> bool:
@@ -129,11 +129,13 @@ class WeightStore:
         try:
             path = Path(hf_hub_download(repository.id, name, revision=repository.revision))  # shows a progress bar
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-            raise MissingWeights(self._advice(name, repository)) from error
+            if constants.HF_HUB_OFFLINE:
+                raise MissingWeights(f"{self._advice(name, repository)} HF_HUB_OFFLINE forbids a download.") from error
+            cause = _cause(error)
+            raise MissingWeights(f"{name} of {repository.id} cannot be downloaded: {cause}") from error
         try:
-            self._check_digest(
-                f"{local_folder}/{file}".lstrip("/"), path
-            )  # once, as it comes: what is in the cache is taken as it is
+            # Once, as it comes: what is in the cache is taken as it is.
+            self._check_digest(f"{local_folder}/{file}".lstrip("/"), path)
         except BadWeights:
             path.resolve().unlink()  # the cache's names are links
             path.unlink(missing_ok=True)
@@ -152,7 +154,7 @@ class WeightStore:
 
     def _advice(self, name: str, repository: Repository) -> str:
         return (
-            f"{name} of {repository.id} is not in the Hugging Face cache and cannot be downloaded now. "
+            f"{name} of {repository.id} is not in the Hugging Face cache. "
             f"Run `sdxl-lightning models fetch` where there is a network, or set MODEL_DIR to a directory that has it."
         )
 
@@ -219,6 +221,15 @@ def check_fit(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) 
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))[:3]
         raise BadWeights(f"{name}: its tensors do not fit this model, first {wrong}")
+
+
+def _cause(error: BaseException) -> str:
+    """What the hub, the network or the disk said, of all that was raised on its way here."""
+    while not isinstance(error, HfHubHTTPError) and (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return f"{error.response.url.host} answered {error.response.status_code} {error.response.reason_phrase}"
+    return str(error) or type(error).__name__
 
 
 def _sha256(path: Path) -> str:

@@ -31,6 +31,68 @@ def test_generate_says_what_is_wrong(tmp_path):
     assert "8step-lora" in run("generate", "x", "--variant", "3step-unet").stderr
 
 
+def test_generate_judges_its_output_before_it_draws(tmp_path):
+    refused = run("generate", "x", "--output", str(tmp_path / "nowhere" / "x.png"))
+    assert (refused.returncode, "cannot be written" in refused.stderr, "Traceback" in refused.stderr) == (
+        1,
+        True,
+        False,
+    )
+
+
+def test_a_prompt_is_taken_as_it_is_typed_and_an_upper_case_suffix_too(tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for prompt, environment in (("null", {}), ("café", ascii_only)):
+        done = run("generate", prompt, "--output", str(tmp_path / "x.PNG"), **environment)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("prompt", ["", " \u200b", "\u2028\ufe0f", "caf\udce9", "a" * 2001])
+def test_a_prompt_that_no_server_would_take_is_a_sentence(prompt):
+    refused = run("generate", "--", prompt)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+
+
+def test_an_undefined_picture_is_never_written(embedded_copy, tmp_path):
+    path = embedded_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value * 0 for key, value in load_file(path).items()}, path)
+    output = tmp_path / "x.png"
+    refused = run("generate", "x", "--output", str(output), MODEL_DIR=str(embedded_copy))
+    assert (refused.returncode, output.exists()) == (1, False)
+    assert "no picture was written" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MODEL", "gpt-4"), ("SDXL_PORT", "tcp://10.0.0.1:80"), ("DEVICE", "cuda:0"), ("LOG_LEVEL", "Loud")],
+)
+def test_a_wrong_setting_is_one_sentence_with_its_variable_and_its_value(variable, value):
+    refused = run("serve", **{variable: value})
+    assert refused.returncode == 2
+    assert refused.stderr.lower().startswith(f"{variable}={value!r}: ".lower()), refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_a_host_that_is_no_address_is_named():
+    refused = run("serve", HOST="no.such.name.invalid")
+    assert (refused.returncode, "HOST='no.such.name.invalid'" in refused.stderr) == (1, True)
+
+
+def test_a_name_with_our_prefix_wins_and_home_is_expanded():
+    shown = run("models", "verify", "4step-unet", MODEL="gpt-4", SDXL_MODEL="embedded", MODEL_DIR="~/m", HOME="/h/ü")
+    assert "is not in /h/ü/m" in shown.stdout, shown.stdout + shown.stderr
+
+
+def test_a_uid_without_a_name_or_a_home_gets_a_temporary_cache():
+    code = "import os, app.settings as s; os.setuid(12345); print(s.Settings().engine_config().cache)"
+    bare = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    if os.getuid() != 0:
+        pytest.skip("only root may take another uid")
+    done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, cwd="/")
+    assert "sdxl-lightning-" in done.stdout, done.stderr
+    os.rmdir(done.stdout.strip())
+
+
 def test_models_are_listed_and_verified():
     assert run("models", "list").stdout.count("here") == 7
     verified = run("models", "verify")
@@ -104,6 +166,36 @@ def test_models_fetch_downloads_and_refuses_what_is_not_the_published_file(tmp_p
     assert "4step-unet: sdxl_lightning_4step_unet.safetensors: its SHA-256 is not the published" in fetched.stdout
     assert list(tmp_path.rglob("vocab.json"))
     assert not list(tmp_path.rglob("sdxl_lightning_4step_unet.safetensors"))
+
+
+class Gated(Hub):
+    """Answers as for a repository that wants a login."""
+
+    def do_GET(self) -> None:
+        """Refuse."""
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+
+def test_models_fetch_says_what_the_hub_or_the_disk_said(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gated) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{hub.server_port}"
+        where = {"MODEL": "sdxl", "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        gated = run("models", "fetch", "4step-lora", HF_HOME=str(tmp_path), **where)
+        hub.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        where["HF_ENDPOINT"] = f"http://127.0.0.1:{hub.server_port}"
+        no_disk = run("models", "fetch", "4step-lora", HF_HOME="/proc/nope", **where)
+        hub.shutdown()
+    for done, cause in ((gated, "127.0.0.1 answered 401"), (no_disk, "/proc/nope")):
+        assert done.returncode == 1
+        assert cause in done.stdout, done.stdout + done.stderr
+        assert "models fetch" not in done.stdout
 
 
 @pytest.mark.parametrize("command", [(), ("serve",), ("generate",), ("models",)])

@@ -23,7 +23,7 @@ REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 @router.post("/generate", response_model=GenerateResponse, responses={200: PICTURE, **REFUSALS})
 async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures. The answer is JSON, or the bare picture where the Accept header asks for image/* (n = 1)."""
-    bare = choose_format(request.headers.get("accept"), body)
+    bare = choose_format(", ".join(request.headers.getlist("accept")), body)
     order = _order(body, request.client.host if request.client else "")
     with named(width="size", height="size") if body.size else named():
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)

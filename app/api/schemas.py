@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.order import SEED_LIMIT
+from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 STEPS = (1, 2, 4, 8)
@@ -21,7 +21,7 @@ class GenerateRequest(BaseModel):
         json_schema_extra={"examples": [{"prompt": "a red apple on a blue background", "steps": 4, "seed": 7}]},
     )
 
-    prompt: StrictStr = Field(min_length=1, max_length=2000, description="what to draw")
+    prompt: StrictStr = Field(min_length=1, max_length=PROMPT_LIMIT, description="what to draw")
     steps: StrictInt | None = Field(
         None,
         ge=1,
@@ -66,6 +66,8 @@ class GenerateRequest(BaseModel):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
+        if is_blank(self.prompt):
+            raise _refusal("prompt", "must have a character that can be seen")
         if self.steps is not None and self.steps not in STEPS:
             raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
         if self.guidance_scale:

@@ -1,6 +1,5 @@
 """A job on the board, a call on the device, and what became of it."""
 
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from app.engine.jobs import Job, Row
-from app.logs import say
+from app.logs import leave, say
 from models.device import Device
 from models.pipeline import Conditioning
 
@@ -62,8 +61,8 @@ def make(call: Call, device: Device) -> tuple[Any, float]:
         result = call.work(call.rows)
     except Exception as error:
         if device.is_lost(error):
-            say("the device is lost; the engine ends", error=str(error))
-            os._exit(70)  # EX_SOFTWARE; from any thread
+            say("the device is lost; the engine ends", level="critical", error=str(error))
+            leave(70)  # EX_SOFTWARE; from any thread
         for each in (error, error.__context__):  # their frames hold the failed call's tensors
             if each is not None:
                 traceback.clear_frames(each.__traceback__)

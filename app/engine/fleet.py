@@ -11,6 +11,7 @@ from app.engine.messages import Cancel, Done, EngineConfig, Failed, FromEngine, 
 from app.engine.process import EngineProcess
 from app.engine.queue import Accepted, Event, Queue
 from app.errors import CAUSES, FAILED, Problem
+from app.logs import STDERR
 from app.metrics import Metrics
 
 log = logging.getLogger("app.engine")
@@ -88,6 +89,7 @@ class Fleet:
         self.metrics.waiting.set(waiting)
         self.metrics.running.set(len(self._queue) - waiting)
         self.metrics.ready.set(self.is_ready)
+        self.metrics.log_lines_dropped.inc(STDERR.take_dropped())
         if (report := self._engine.report) is not None:
             for variant in report.variants:
                 self.metrics.resident.labels(variant.name).set(variant.resident_bytes)

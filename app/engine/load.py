@@ -1,6 +1,7 @@
 """From a configuration to a model in memory: the one assembly, of the server, the command line and the benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from models.weights import BadWeights, MissingWeights, WeightStore
 
 DEFAULT_VARIANT = "4step-unet"
 WORKERS = 2  # calls at a time. CPU: of half the threads each. GPU: one steps, one decodes
-CANNOT_OPEN = (MissingWeights, BadWeights, OverBudget, NoDevice, torch.OutOfMemoryError)  # each says why, in words
+
+
+class BadPart(Exception):
+    """A part of the model cannot be opened, for a cause that nobody foresaw; the text names both."""
+
+
+CANNOT_OPEN = (MissingWeights, BadWeights, OverBudget, NoDevice, BadPart, torch.OutOfMemoryError)  # say why, in words
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,17 @@ class Model:
 
     def measure(self, batches: Sequence[int]) -> Costs:
         """What a step and a decode of these sizes take now."""
-        return measure(self.pipeline, self.registry, batches, self.workers)
+        with _part("a measurement"):
+            return measure(self.pipeline, self.registry, batches, self.workers)
 
 
 def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
     """Load everything that is there before the first request. Raises one of CANNOT_OPEN."""
+    with _part("the device or the model's files"):
+        return _open_model(config, workers)
+
+
+def _open_model(config: EngineConfig, workers: int) -> Model:
     # The only place that asks what kind of device there is.
     on_gpu = torch.cuda.is_available() if config.device is None else config.device == "cuda"
     threads = config.threads or usable_cores()
@@ -71,12 +84,16 @@ def open_model(config: EngineConfig, workers: int = WORKERS) -> Model:
     preload = choose_preload(store) if config.preload is None else config.preload
     if unknown := set(preload) - set(store.family.variants):
         raise MissingWeights(f"no such variant: {', '.join(unknown)}; there are {', '.join(store.family.variants)}")
-    pipeline = Pipeline(store, device, dtype)
-    unet = device.make_unet(store.config("unet"), dtype, config.fp8)
-    registry = Registry(store, device, dtype, device.tiers(config.host_budget, config.device_budget), unet)
+    with _part("tokenizer, text_encoder or vae"):
+        pipeline = Pipeline(store, device, dtype)
+    with _part("unet"):
+        unet = device.make_unet(store.config("unet"), dtype, config.fp8)
+        registry = Registry(store, device, dtype, device.tiers(config.host_budget, config.device_budget), unet)
     _load_first(registry, preload, store.variants_here() if config.preload is None else [])
     say("weights loaded", variants=_resident(registry))
-    if attention := device.prepare(pipeline, registry):
+    with _part("the networks as this device computes them"):
+        attention = device.prepare(pipeline, registry)
+    if attention:
         say("attention measured", milliseconds_per_step=attention)
     if not on_gpu and registry.bind is None:  # one module, which takes one call at a time, and all threads
         workers = 1
@@ -92,7 +109,8 @@ def _load_first(registry: Registry, wanted: Sequence[str], others: Sequence[str]
     for name in dict.fromkeys((*wanted, *others)):
         if name in wanted or not _resident(registry):
             try:
-                registry.load(Weights(name))
+                with _part(name):
+                    registry.load(Weights(name))
             except CANNOT_OPEN as error:
                 errors[name] = error
     if errors and not _resident(registry):
@@ -105,12 +123,25 @@ def _resident(registry: Registry) -> list[str]:
     return [row.name for row in registry.status() if row.state == "resident"]
 
 
+@contextmanager
+def _part(name: str) -> Iterator[None]:
+    try:
+        yield
+    except CANNOT_OPEN:
+        raise
+    except Exception as error:
+        raise BadPart(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
 def _cpu(workers: int, threads: int) -> Device:
     """With OpenVINO where that is installed, which it need not be on a machine with a GPU."""
     try:
         from models.cpu.device import Cpu
     except ImportError:
-        say("OpenVINO is not installed, so this CPU is several times slower: pip install 'sdxl-lightning-server[cpu]'")
+        say(
+            "OpenVINO is not installed, so this CPU is several times slower: pip install 'sdxl-lightning-server[cpu]'",
+            level="warning",
+        )
         return Device()
     return Cpu(workers, threads)
 

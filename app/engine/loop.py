@@ -5,10 +5,9 @@ to tell it what to do. The board is changed under one lock; tensors are worked o
 """
 
 import gc
-import os
+import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,10 +35,12 @@ from app.engine.messages import (
     Worked,
 )
 from app.engine.scheduler import Workers, may_change, plan
+from app.logs import STDERR, leave
 from models.catalog import Weights
 from models.pipeline import Conditioning, Pipeline
 from models.registry import Registry
 
+log = logging.getLogger(__name__)
 CHANGE_S = 300.0  # a change that takes longer has hung: a recording on a GPU may take many seconds
 MANY = 1 << 30
 
@@ -123,8 +124,8 @@ class Loop:
                         self._lock.acquire()
                     self._settle(call, result, seconds)
         except BaseException:
-            traceback.print_exc()
-            os._exit(70)  # never alive and mute: the other process starts a new engine
+            log.critical("a worker failed; the engine ends", exc_info=True)
+            leave(70)  # never alive and mute: the other process starts a new engine
 
     def when_idle(self, change: Callable[[], None]) -> None:
         """Make a change that no call may overlap, in a worker. Under the lock: post it, or say it before run()."""
@@ -141,6 +142,7 @@ class Loop:
             self.pipeline.device.memory_used(),
             self.registry.switches,
             self.compiled,
+            STDERR.take_dropped(),
         )
 
     def replace_costs(self, costs: Costs) -> None:
@@ -288,7 +290,7 @@ class Loop:
     def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""
         if len(call.rows) == 1:
-            traceback.print_exception(error)
+            log.error("a %s failed", call.stage, exc_info=error)
             self._fail(call.rows[0].job.id, "FAILED", type(error).__name__)
             return
         rows = [row for row in call.rows if self._is_here(row)]

@@ -23,6 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     compile: bool
     fp8: bool
     cache: str
+    log_level: str = "info"
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -52,12 +53,18 @@ class VariantReport(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """The answer to a Ping. device_bytes: GPU memory in use; None on a CPU."""
+    """The answer to a Ping. device_bytes: GPU memory in use; None on a CPU.
+    log_lines_dropped: since the last report."""
 
     variants: list[VariantReport]
     device_bytes: int | None
     switches: int
     compiled: bool
+    log_lines_dropped: int = 0
+
+
+class Starting(msgspec.Struct, tag=True, frozen=True):
+    """The answer to a Ping before Ready."""
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -115,4 +122,4 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Cancel | Ping
-FromEngine = Ready | Measured | Report | Worked | Done | Failed | Fatal
+FromEngine = Starting | Ready | Measured | Report | Worked | Done | Failed | Fatal

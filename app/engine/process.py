@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -13,16 +14,30 @@ import msgspec
 
 from app.engine import wire
 from app.engine.costs import Costs
-from app.engine.messages import EngineConfig, Fatal, FromEngine, Measured, Ping, Ready, Report, ToEngine, Worked
+from app.engine.messages import (
+    EngineConfig,
+    Fatal,
+    FromEngine,
+    Measured,
+    Ping,
+    Ready,
+    Report,
+    Starting,
+    ToEngine,
+    Worked,
+)
+from app.logs import STDERR
 
 log = logging.getLogger("app.engine")
 
 PING_S = 1.0  # between two pings
-HUNG_S = 20.0  # without an answer for this long, the engine is killed and started again
+HUNG_S = 20.0  # without an answer for this long, starting or serving, the engine is killed and started again
 FRESH_S = 3.0  # readiness wants an answer not older than this
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the next start, by deaths in a row
 SETTLED_S = 60.0  # an engine that lived this long starts again at once
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}  # our log is JSON lines
+STILLBORN = 3  # deaths in a row of an engine that never served: it never will
+MOST_DEATHS, DEATHS_S = 5, 60.0  # so many deaths within so many seconds end the server, too
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 LEARN = 0.02  # of a call's drift from its measured cost is learned at once
 
 # glibc gives large blocks back to the kernel at once, and takes them again for the next layer: a fifth of a decode.
@@ -38,8 +53,8 @@ def allocator() -> dict[str, str]:
 
 
 class EngineProcess:
-    """ready, report, costs: what the engine said last; ready is None while it does not serve. fatal: why it can never
-    start. hear: takes its other messages. died: is called at each death."""
+    """ready, report, costs: what the engine said last; ready is None while it does not serve. fatal: why it is not
+    started any more. hear: takes its other messages. died: is called at each death."""
 
     def __init__(self, config: EngineConfig, hear: Callable[[FromEngine], None], died: Callable[[], None]) -> None:
         self.config, self._hear, self._died = config, hear, died
@@ -82,12 +97,12 @@ class EngineProcess:
         return self.costs.scaled(self._drift) if self.costs is not None else None
 
     async def _supervise(self) -> None:
-        deaths = 0
+        in_row, deaths = 0, list[float]()
         while True:
             started = time.monotonic()
             try:
                 await self._live()
-            except asyncio.IncompleteReadError:
+            except (asyncio.IncompleteReadError, ConnectionError):
                 log.debug("the engine's pipe ended")
             except Exception:
                 log.exception("the engine or its pipe failed")
@@ -95,13 +110,27 @@ class EngineProcess:
                 await self._bury()
             if self.fatal is not None:
                 return
-            deaths = 1 if time.monotonic() - started > SETTLED_S else deaths + 1
-            pause = BACK_OFF_S[min(deaths - 1, len(BACK_OFF_S) - 1)]
-            log.error("the engine died; starting it again in %.0f s", pause)
+            now = time.monotonic()
+            in_row = 1 if now - started > SETTLED_S else in_row + 1
+            if self._process is not None:  # else nothing could be started, for now: the machine's fault
+                deaths = [*(death for death in deaths if now - death < DEATHS_S), now]
+            if len(deaths) >= (MOST_DEATHS if self._has_served else STILLBORN):
+                self.fatal = f"the engine died {len(deaths)} times within {now - deaths[0]:.0f} s, {self._end}"
+                return
+            pause = BACK_OFF_S[min(in_row - 1, len(BACK_OFF_S) - 1)]
+            log.error("the engine died, %s; starting it again in %.0f s", self._end, pause)
             await asyncio.sleep(pause)
+
+    @property
+    def _end(self) -> str:
+        code = self._process.returncode if self._process is not None else None
+        if code is None:
+            return "before it was started"
+        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
     async def _live(self) -> None:
         """One life of the engine, from its start to the end of its pipe."""
+        self._process, self._unanswered = None, 0
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
@@ -122,8 +151,6 @@ class EngineProcess:
     async def _ping(self) -> None:
         while True:
             await asyncio.sleep(PING_S)
-            if self.ready is None:
-                continue
             self.send(Ping())
             self._unanswered += 1  # counted, not timed: where the whole machine paused, nobody hung
             if self._unanswered * PING_S > HUNG_S and self._process is not None:
@@ -150,6 +177,8 @@ class EngineProcess:
 
     def _receive(self, message: FromEngine) -> None:
         match message:
+            case Starting():
+                self._unanswered = 0
             case Ready():
                 self.ready, self.costs, self.report = message, message.costs, message.report
                 self._has_served = True
@@ -159,10 +188,12 @@ class EngineProcess:
                 self.costs, self._drift = costs, 1.0
             case Report():
                 self.report, self._last_answer, self._unanswered = message, time.monotonic(), 0
+                STDERR.count_dropped(message.log_lines_dropped)
             case Fatal(reason):
-                log.error("the engine cannot start: %s", reason)
-                if not self._has_served:
-                    self.fatal = reason
+                if self._has_served:
+                    log.error("the engine cannot start: %s", reason)
+                else:
+                    self.fatal = f"the engine cannot start: {reason}"
             case _:
                 if isinstance(message, Worked) and message.stage == "denoise" and self.costs is not None:
                     times = message.seconds / self.costs.step_seconds(message.rows, message.pixels)

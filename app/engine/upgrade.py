@@ -67,7 +67,7 @@ def _is_improved(graphed: Graphed) -> bool:
     try:
         graphed.improve(compiled_for_gpu(graphed.function))
     except Exception as error:  # of a compiler: anything
-        say("compilation failed; serving without it", level="warning", reason=str(error)[:500])
+        say("compilation failed; serving without it", level="warning", reason=str(error))
         return False
     return True
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from app.engine.messages import FromEngine, ToEngine
+from app.engine.messages import FromEngine, Starting, ToEngine
 
 FRAME_LIMIT = 64 << 20  # bytes; a 1536 px picture takes 7 MB
 
@@ -57,35 +57,39 @@ def _exactly(sock: socket.socket, length: int) -> bytes:
 
 
 class Wire:
-    """The engine's end of the socket: a thread that reads for the loop, and one that writes."""
+    """The engine's end of the socket: a thread that reads, and one that writes. hear: is called with each message that
+    arrives; until it is replaced by the loop's, it says that we are starting."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.hear: Callable[[ToEngine], None] = lambda message: self.send(Starting())
         self._sock = sock
+        self._writing = threading.Lock()
         self._outbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
         threading.Thread(target=self._write, daemon=True, name="write").start()
+        threading.Thread(target=self._read, daemon=True, name="read").start()
 
     def send(self, message: FromEngine) -> None:
         """Put a message on the wire; never blocks."""
         self._outbox.put(message)
 
-    def feed(self, hear: Callable[[ToEngine], None]) -> None:
-        """Call `hear` with each message that arrives, in a thread of its own."""
-        threading.Thread(target=self._read, args=(hear,), daemon=True, name="read").start()
-
     def last_word(self, message: FromEngine) -> None:
         """Send a message at once, before the process ends."""
-        self._sock.sendall(frame(message))
+        with self._writing:
+            self._sock.sendall(frame(message))
 
     def _write(self) -> None:
         while True:
+            data = frame(self._outbox.get())
             try:
-                self._sock.sendall(frame(self._outbox.get()))
+                with self._writing:
+                    self._sock.sendall(data)
             except OSError:
                 os._exit(0)  # the HTTP process has gone, and with it everybody who waits
 
-    def _read(self, hear: Callable[[ToEngine], None]) -> None:
+    def _read(self) -> None:
         while True:
             try:
-                hear(receive(self._sock))
+                message = receive(self._sock)
+                self.hear(message)  # as it is now, not as it was before we waited
             except (EOFError, OSError):
                 os._exit(0)

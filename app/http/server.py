@@ -1,8 +1,11 @@
 """uvicorn, with a drain: after SIGTERM, SIGINT or SIGHUP accepted requests finish, and new ones are told to go
 elsewhere."""
 
+import ipaddress
 import logging
 import signal
+import socket
+import sys
 import time
 from types import FrameType
 
@@ -65,7 +68,19 @@ class Server(uvicorn.Server):
 
 def serve(app: FastAPI, settings: Settings, fleet: Fleet) -> int:
     """Serve until told to stop; returns the process's exit code."""
+    _check_address(settings)
     server = Server(app, settings, fleet)
     signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn sees to the others
     server.run()
     return 1 if fleet.fatal or not server.started else 0
+
+
+def _check_address(settings: Settings) -> None:
+    """Say where HOST leads, if that is nowhere, or beyond this machine."""
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        sys.exit(f"HOST={settings.host!r} is no address: {getattr(error, 'strerror', None) or error}")
+    addresses = sorted({str(address[0]) for *_, address in found})
+    if not all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses):
+        log.warning("listening beyond this machine, on %s: whoever can reach it may draw", ", ".join(addresses))

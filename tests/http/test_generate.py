@@ -175,9 +175,18 @@ def test_models_are_listed_in_openais_shape(server):
 
 
 def test_models_say_why_a_variant_failed_and_not_where_its_file_is():
-    report = VariantReport("8step-unet", 8, "failed", reason="x.safetensors is not in /srv/weights. Put it there")
-    assert _card(report, "sdxl").reason == "x.safetensors is not in ... Put it there"
+    report = VariantReport("8step-unet", 8, "failed", reason="</srv/my x.safetensors> in directory=/srv/my weights")
+    assert "srv" not in str(_card(report, "sdxl").reason)
 
 
 def test_ready_says_that_all_seven_are_resident(server):
     assert httpx.get(f"{server.url}/ready").json()["resident"] == list(VARIANTS)
+
+
+def test_several_accept_lines_are_one_list_and_an_invisible_prompt_is_refused(server):
+    headers = [("accept", "text/plain"), ("accept", "image/png")]
+    answer = httpx.post(f"{server.url}/generate", json=APPLE, headers=headers, timeout=60)
+    assert answer.headers["content-type"] == "image/png"
+    for prompt in (" ", "\u200b\u2060", "\u3164", "\x00"):
+        refused = server.generate(prompt=prompt)
+        assert (refused.status_code, refused.json()["field"]) == (422, "prompt")

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -165,6 +166,37 @@ def test_a_hung_engine_is_not_ready_then_killed_and_deaths_in_a_row_wait_longer(
     assert eventually(lambda: len(pauses()) == 4)
     assert pauses() == ["0", "1", "2", "4"]
     assert server.metrics()["sdxl_engine_restarts_total"] == 4
+    assert eventually(lambda: server.has_engine())
+    server.engine().kill()  # the fifth time within a minute
+    assert server.process.wait(30) == 1
+    assert "died 5 times" in server.log.read_text()
+
+
+def test_an_engine_that_dies_three_times_before_it_serves_ends_the_server(start_server):
+    server = start_server()
+    for _ in range(3):
+        assert eventually(lambda: server.has_engine())
+        engine = server.engine()
+        engine.kill()
+        assert eventually(lambda: has_ended(engine))  # noqa: B023
+    assert server.process.wait(30) == 1
+    assert "died 3 times" in server.log.read_text()
+    assert "by SIGKILL" in server.log.read_text()
+
+
+def test_an_engine_that_hangs_while_it_starts_is_killed(start_server):
+    server = start_server(first="import app.engine.process; app.engine.process.HUNG_S = 3.0")
+    assert eventually(lambda: server.has_engine())
+    with server.stopped_engine() as engine:
+        assert eventually(lambda: has_ended(engine), 20)
+
+
+def test_an_engine_that_starts_leaves_with_a_killed_server(start_server):
+    server = start_server()
+    assert eventually(lambda: "engine started" in server.log.read_text())
+    engine = server.engine()
+    server.process.kill()
+    assert eventually(lambda: has_ended(engine), 5)
 
 
 def test_sigterm_finishes_what_was_accepted_and_refuses_the_rest(start_server):
@@ -235,3 +267,25 @@ def test_sdxl_without_weights_or_network_ends_with_the_way_to_get_them(start_ser
     server = start_server(MODEL="sdxl", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert server.process.wait(120) == 1
     assert any("models fetch" in line["event"] for line in server.log_lines())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("unet/config.json", "[]", "unet/config.json"),
+        ("unet/config.json", '"org/name"', "unet/config.json"),
+        ("vae/config.json", "{}", "vae"),
+        ("text_encoder/config.json", '{"hidden_act": "nonsense"}', "text_encoder"),
+        ("tokenizer/vocab.json", "no JSON", "tokenizer"),
+    ],
+)
+def test_a_part_that_cannot_be_opened_ends_the_server_with_one_sentence(
+    start_server, embedded_copy, file, content, named
+):
+    (embedded_copy / file).write_text(content)
+    server = start_server(MODEL_DIR=str(embedded_copy))
+    assert server.process.wait(START_S) == 1
+    (error,) = (line["event"] for line in server.log_lines() if line["level"] == "error")
+    assert named in error
+    assert len(error) <= 600
+    assert "Traceback" not in server.log.read_text()
