@@ -34,6 +34,8 @@ class Order:
     prompt: str
     variant: str | None = None
     styles: tuple[tuple[str, float], ...] = ()
+    negative_prompt: str | None = None
+    guidance: float | None = None
     steps: int | None = None
     seed: int | None = None
     n: int = 1
@@ -69,6 +71,12 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
         raise Problem(errors.INVALID, detail, "n" if order.n > 1 else "width")
     if order.timeout is not None and order.timeout > limits.max_timeout_s:
         raise Problem(errors.INVALID, f"timeout must be at most {limits.max_timeout_s:g} s on this server", "timeout")
+    if order.guidance is not None and order.guidance not in (0, 1):
+        raise Problem(errors.INVALID, f"guidance must be 0 or absent: {variant.name} draws without it", "guidance")
+    if order.negative_prompt:
+        raise Problem(errors.INVALID, "negative_prompt acts through guidance, which is off", "negative_prompt")
+    if order.styles:
+        raise Problem(errors.INVALID, f"there is no style {order.styles[0][0]}", "loras")
     weights = Weights(variant.name, order.styles)
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)

@@ -21,14 +21,25 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """The classifier-free guidance scales that a variant's maker declares. 1 and less mean without."""
+
+    default: float
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One set of distilled weights, with its step count and what its UNet predicts: neither can be mismatched."""
+    """One set of distilled weights, with its step count and what its UNet predicts: neither can be mismatched.
+    guidance: None where it draws without only, as ByteDance's own do."""
 
     name: str
     file: str
     kind: Literal["unet", "lora"]
     steps: int
     prediction_type: PredictionType
+    guidance: Guidance | None = None
 
     def __post_init__(self) -> None:
         if self.steps not in (1, 2, 4, 8):
