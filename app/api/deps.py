@@ -31,6 +31,11 @@ def parts_of(scope: Scope) -> Parts:
     return parts
 
 
+def owner_of(request: Request) -> str:
+    """Who asks."""
+    return request.client.host if request.client else ""
+
+
 async def _parts(request: Request) -> Parts:
     return parts_of(request.scope)
 
