@@ -128,7 +128,7 @@ def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embed
 
 @pytest.mark.parametrize(("seconds", "second"), [(30, {1: "UNAVAILABLE"}), (0, {})])
 def test_a_load_that_failed_is_not_tried_again_at_once_and_logged_once(
-    pipeline, embedded_copy, monkeypatch, capsys, seconds, second
+    pipeline, embedded_copy, monkeypatch, caplog, seconds, second
 ):
     monkeypatch.setattr("app.engine.loading.UNAVAILABLE", replace(UNAVAILABLE, retry_after=seconds))
     broken = embedded_copy / FAMILY.variants["8step-unet"].file
@@ -142,7 +142,7 @@ def test_a_load_that_failed_is_not_tried_again_at_once_and_logged_once(
         loop.post(Submit([job(1, variant="8step-unet")]))
         assert eventually(lambda: len(sent.done()) + len(sent.failed()) == 2)
     assert sent.failed() == {0: "UNAVAILABLE", **second}
-    assert capsys.readouterr().err.count("weights cannot be loaded") == 1
+    assert caplog.messages.count("weights cannot be loaded") == 1
 
 
 def test_more_variants_than_two_tiers_hold_are_all_served_and_evicted_in_turn(pipeline):

