@@ -76,7 +76,7 @@ def test_a_row_that_fails_fails_alone(pipeline):
 
 def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipeline, monkeypatch):
     loop, sent = make_loop(pipeline, "2step-unet")
-    encode = pipeline.encode
+    encode = pipeline.prompts.encode
 
     def fails_once_together(prompts, owners):
         if len(prompts) > 1:
@@ -84,7 +84,7 @@ def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipel
             raise RuntimeError("two at a time are too many")
         return encode(prompts, owners)
 
-    monkeypatch.setattr(pipeline, "encode", fails_once_together)
+    monkeypatch.setattr(pipeline.prompts, "encode", fails_once_together)
     loop.post(Submit([job(0), job(1)]))
     serve(loop, sent, 1)
     assert (sent.done(), sent.failed()) == ({0}, {})
@@ -96,7 +96,7 @@ def test_nobody_learns_from_the_time_whether_another_has_asked_for_a_prompt(pipe
     text = pipeline.text
     pipeline.text = lambda *ids: encoded.append(len(ids[0])) or text(*ids)
     for owner in ("a", "b", "a"):
-        pipeline.encode(["a secret prompt"], [owner])
+        pipeline.prompts.encode(["a secret prompt"], [owner])
     pipeline.text = text
     assert encoded == [1, 1]
 
