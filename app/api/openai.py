@@ -148,11 +148,18 @@ async def _pictures(body: ImagesRequest, files: list[bytes]) -> list[dict[str, m
     return [{body.response_format: text} for text in await as_base64(files, prefix)]
 
 
-def _about(body: ImagesRequest, job: Job, done: Done) -> dict[str, str]:
-    """What OpenAI's answers and events say of a picture."""
+def _about(body: ImagesRequest, job: Job, done: Done) -> dict[str, Any]:
+    """What OpenAI's answers and events say of a picture. Nothing is counted as output: pictures are no tokens here."""
+    tokens = {"image_tokens": 0, "text_tokens": done.tokens}
     return {
         "background": "opaque",
         "output_format": body.output_format,
         "quality": QUALITY.get(job.steps, "high"),
         "size": f"{done.width}x{done.height}",
+        "usage": {
+            "input_tokens": done.tokens,
+            "input_tokens_details": tokens,
+            "output_tokens": 0,
+            "total_tokens": done.tokens,
+        },
     }

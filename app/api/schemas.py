@@ -41,9 +41,11 @@ class GenerateRequest(BaseModel):
     size: StrictStr | None = Field(
         None, pattern=r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$", description="WIDTHxHEIGHT, instead of both"
     )
-    guidance_scale: StrictFloat | None = Field(None, description="0 or absent: Lightning has no guidance")
+    guidance_scale: StrictFloat | None = Field(
+        None, ge=0, description="within the variant's range, see GET /v1/models; 0 and 1 mean without"
+    )
     negative_prompt: StrictStr | None = Field(
-        None, max_length=2000, description="empty or absent: Lightning has no guidance"
+        None, max_length=PROMPT_LIMIT, description="what to move away from, where guidance_scale is above 1"
     )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
@@ -67,12 +69,6 @@ class GenerateRequest(BaseModel):
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
             raise _refusal("prompt", "must have a character that can be seen")
-        if self.guidance_scale:
-            raise _refusal("guidance_scale", "must be 0 or absent: SDXL-Lightning is distilled to run without guidance")
-        if self.negative_prompt:
-            raise _refusal(
-                "negative_prompt", "must be empty or absent: it acts through guidance, which Lightning has none of"
-            )
         if self.size and (self.width or self.height):
             raise _refusal("size", "cannot be given together with width or height")
         return self
@@ -101,6 +97,7 @@ class GenerateResponse(BaseModel):
     variant: str
     width: int
     height: int
+    prompt_tokens: int
     prompt_truncated: bool
     images: list[Image]
     timings_ms: dict[str, float]
