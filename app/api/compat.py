@@ -18,6 +18,7 @@ from app.order import SEED_LIMIT, is_blank
 from app.settings import ANY_STEPS
 from models.catalog import CATALOG
 
+LONGEST_PROMPT = 32_000  # characters, as OpenAI has it; what is not read is cut
 MOST_PICTURES = 10  # of one request, as OpenAI has it
 INLINE_BYTES = 256 << 10  # as base64: 0.2 ms
 
@@ -45,7 +46,7 @@ def _visible(prompt: str) -> str:
     return prompt
 
 
-Prompt = Annotated[str, Field(max_length=32_000), AfterValidator(_visible)]
+Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_visible)]
 Seed = Annotated[int, Field(lt=SEED_LIMIT)]
 
 

@@ -14,7 +14,18 @@ from fastapi import APIRouter, Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import Field, model_validator
 
-from app.api.compat import MOST_PICTURES, CompatRoute, Prompt, Seed, Tolerant, as_base64, as_json, refusal, variant_of
+from app.api.compat import (
+    LONGEST_PROMPT,
+    MOST_PICTURES,
+    CompatRoute,
+    Prompt,
+    Seed,
+    Tolerant,
+    as_base64,
+    as_json,
+    refusal,
+    variant_of,
+)
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import draw, make_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
@@ -56,7 +67,7 @@ class ImagesRequest(Tolerant):
     seed: Seed | None = Field(None, ge=0)
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
-    negative_prompt: str | None = Field(None, max_length=32_000)
+    negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
 
     @model_validator(mode="before")
     @classmethod

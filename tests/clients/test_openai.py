@@ -9,7 +9,11 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from starlette.requests import Request
 
+from app import errors
+from app.api import problems
+from app.errors import Problem
 from tests.conftest import APPLE
 
 PROMPT = APPLE["prompt"]
@@ -130,6 +134,22 @@ def test_a_bad_field_is_a_400_that_names_it(client, fields, param):
     assert (error.param, error.type, error.code) == (param, "invalid_request_error", "invalid_request")
     assert error.request_id
     assert error.response.headers["x-request-id"] == error.request_id
+
+
+@pytest.mark.parametrize(
+    ("problem", "seeded", "should_retry"),
+    [
+        (Problem(errors.EXPIRED), False, "false"),
+        (Problem(errors.FAILED), False, None),
+        (Problem(errors.FAILED), True, "false"),
+        (Problem(errors.OVERLOADED, retry_after=60), True, None),
+        (Problem(errors.OVERLOADED, retry_after=61), True, "false"),
+        (Problem(errors.ENGINE_DIED), True, None),
+    ],
+)
+def test_the_sdk_is_told_where_it_is_of_no_use_to_repeat(problem, seeded, should_retry):
+    scope = {"type": "http", "path": "/v1/images/generations", "headers": [], "state": {"seeded": seeded}}
+    assert problems.respond(Request(scope), problem).headers.get("x-should-retry") == should_retry
 
 
 def test_an_unknown_model_and_an_unknown_route_are_404s(client, server):
