@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app import errors
 from app.errors import Cause
+from app.http.keys import take
 from app.http.ledger import count
 from app.http.protocol import RECEIVE_S
 
@@ -30,9 +31,10 @@ class DrawingRoute(APIRoute):
     body_limit = BODY_LIMIT
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the request, judge it by its head, and pass it on with a receive() that keeps the limits."""
+        """Count the request, judge it by its key and head, and pass it on with a receive() that keeps the limits."""
         if scope["method"] in (self.methods or ()):
             count(scope)
+            take(scope)
             headers = Headers(scope=scope)
             _check_type(headers)
             if int(headers.get("content-length", 0)) > self.body_limit:
