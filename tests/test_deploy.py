@@ -16,7 +16,7 @@ from app.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 DEPLOY, CHART = ROOT / "deploy", ROOT / "deploy" / "chart"
-TOOLS = Path(os.environ.get("KUBERNETES_TOOLS", ROOT / ".venv" / "kubernetes"))
+TOOLS = Path(os.environ.get("TOOLS", ROOT / ".venv" / "tools"))
 VALUES = ("values-cpu.yaml", "values-gpu.yaml", "values-8gpu.yaml")
 OTHERS = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}  # kinds that Kubernetes itself has no schema of
 
@@ -25,7 +25,7 @@ def needs(tool: str | Path) -> str:
     """The path of a program, without which a test is skipped; in CI it fails."""
     found = shutil.which(tool)
     if found is None and os.environ.get("CI") != "true":
-        pytest.skip(f"{tool} is not installed: make .venv/charted system-packages")
+        pytest.skip(f"{tool} is not installed: make .venv/tooled system-packages")
     assert found is not None, tool
     return found
 
