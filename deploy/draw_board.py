@@ -54,7 +54,7 @@ def wait_for(url: str) -> None:
 
 
 def load(until: float, variants: list[str]) -> None:
-    """Clients that draw with every variant, most of them in the middle; some want an answer too soon, some ask amiss."""
+    """Clients that draw with every variant, most of them in the middle; some ask too soon, some amiss."""
 
     def client(number: int) -> None:
         chance = random.Random(number)
