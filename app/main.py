@@ -18,6 +18,7 @@ from app.http.ledger import Ledger
 from app.http.origins import ANY, EXPOSED, Origins, names
 from app.metrics import Metrics
 from app.settings import Settings, listed
+from app.traces import Tracing, make_tracer
 
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
 
@@ -54,6 +55,8 @@ def create_app(settings: Settings) -> FastAPI:
     origins = listed(settings.allowed_origins)
     app.add_middleware(Origins, render=problems.respond, hosts=names(settings), origins=origins)
     app.add_middleware(Ledger, metrics=metrics, render=problems.respond)
+    if (tracer := make_tracer()) is not None:
+        app.add_middleware(Tracing, tracer=tracer)
     if origins:
         app.add_middleware(
             CORSMiddleware,

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
@@ -17,6 +18,7 @@ from app.engine.messages import Done
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
 from app.order import PROMPT_LIMIT, Limits, Order, resolve
+from app.traces import Trace
 from models.catalog import CATALOG
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
@@ -52,6 +54,10 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
     files = [await make_file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
+    trace: Trace | None = getattr(request.state, "trace", None)
+    if trace is not None:
+        trace.pictures(done)
+        trace.add("file", encoding, end - encoding)
     pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
     is_cut = done[0].truncated or len(order.prompt) > PROMPT_LIMIT
     return Drawn(pictures, is_cut, _timings(done, end - encoding, end - start))
@@ -64,6 +70,9 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
     jobs = resolve(order, family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
+    trace: Trace | None = getattr(request.state, "trace", None)
+    if trace is not None:
+        jobs = [msgspec.structs.replace(job, trace=trace.traceparent) for job in jobs]
     async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
         async for event in events:
             yield event

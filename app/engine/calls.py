@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from app.engine.jobs import Job, Row
-from app.engine.messages import Done
+from app.engine.messages import Done, Mark
 from app.logs import leave, say
 from models.device import Device
 from models.prompts import Conditioning
@@ -28,6 +28,7 @@ class Running:
     conditioning: Conditioning | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     batches: list[int] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
     @property
     def row(self) -> Row:
@@ -41,11 +42,13 @@ class Running:
         assert self.conditioning is not None
         drawn = (self.job.id, self.job.weights.variant, self.job.height, self.job.width, pixels)
         text = (self.conditioning.tokens, self.conditioning.truncated)
-        return Done(*drawn, self.seconds, self.batches, *text)
+        return Done(*drawn, self.seconds, self.batches, *text, self.marks)
 
-    def spent(self, stage: str, seconds: float) -> None:
-        """Count time towards a stage."""
+    def spent(self, stage: str, start: float, seconds: float, rows: int = 1) -> None:
+        """Count time towards a stage. rows: of the call."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        if self.job.trace:
+            self.marks.append(Mark(stage, start, seconds, rows))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ new_id = count(1).__next__  # an id that no other job of this process has
 
 class Job(msgspec.Struct, frozen=True):
     """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
-    asked for it, since no two owners share what is cached. guidance: 1 means without; negative_prompt acts above."""
+    asked for it, since no two owners share what is cached. guidance: 1 means without; negative_prompt acts above.
+    trace: the request's traceparent, where its stages are wanted in detail."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -29,6 +30,7 @@ class Job(msgspec.Struct, frozen=True):
     owner: str = ""
     negative_prompt: Annotated[str, msgspec.Meta(max_length=2000)] | None = None
     guidance: float = 1.0
+    trace: str = ""
 
     def row(self, step: int = 0, is_encoded: bool = False, length: int = 0) -> "Row":
         """This job as the scheduler sees it once `step` of its steps are done."""

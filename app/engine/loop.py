@@ -260,15 +260,15 @@ class Loop:
     def _encoded(self, rows: list[Running], found: list[Conditioning], start: float, seconds: float) -> None:
         for running, conditioning in zip(rows, found, strict=True):
             running.conditioning = conditioning
-            running.spent("encode", seconds)
+            running.spent("encode", start, seconds, len(rows))
 
     def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
         count = sum(running.row.count for running in rows)
         for running, latents in zip(rows, stepped, strict=True):
             if running.step == 0:
-                running.spent("queue", start - running.arrived - running.seconds.get("encode", 0.0))
+                running.spent("queue", running.arrived, start - running.arrived - running.seconds.get("encode", 0.0))
             running.latents, running.step = latents, running.step + 1
-            running.spent("denoise", seconds)
+            running.spent("denoise", start, seconds, count)
             running.batches.append(count)
 
     def _decoded(
@@ -276,7 +276,7 @@ class Loop:
     ) -> None:
         for running, pixels, is_valid in zip(rows, *drawn, strict=True):
             job = running.job
-            running.spent("decode", seconds)
+            running.spent("decode", start, seconds, len(rows))
             if not self._is_here(running):
                 continue
             if not is_valid:

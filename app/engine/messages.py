@@ -94,6 +94,15 @@ class Worked(msgspec.Struct, tag=True, frozen=True):
     pixels: int
 
 
+class Mark(msgspec.Struct, frozen=True):
+    """A stage of one picture, where it is traced. start: on the monotonic clock. rows: of the call that it was in."""
+
+    stage: str
+    start: float
+    seconds: float
+    rows: int
+
+
 class Done(msgspec.Struct, tag=True, frozen=True):
     """A picture: height x width x 3 bytes. seconds: by stage. batches: the rows of each of its steps. tokens: of its
     prompt, whose end was not read where that is truncated."""
@@ -107,6 +116,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     batches: list[int]
     tokens: int
     truncated: bool
+    marks: list[Mark] = []
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
