@@ -73,6 +73,13 @@ class EngineSettings(BaseSettings):
             EnvSettingsSource(settings_cls, env_ignore_empty=True),
         )
 
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _not_the_working_directory(cls, value: object) -> object:
+        if not str(value):
+            raise ValueError("must name a directory")
+        return value
+
     @field_validator("model_dir")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
@@ -115,6 +122,10 @@ class Settings(EngineSettings):
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
     max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
+    max_connections: int = Field(4096, ge=8, le=1_000_000, description="open at once; for more, idle ones are closed")
+    send_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="how long an answer may wait to be read by its client, seconds"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
     @field_validator("log_level", mode="before")

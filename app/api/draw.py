@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from models.catalog import CATALOG
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
 INLINE_PIXELS = 256 * 256
+INLINE_BYTES = 128 << 10  # of pictures: base64 and JSON of these take 0.1 ms
 
 T = TypeVar("T")
 
@@ -64,6 +65,13 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
         async for event in events:
             yield event
+
+
+async def written(drawn: Drawn, write: Callable[[], T]) -> T:
+    """What `write` makes of these pictures; in a thread where they are large, so that nobody else waits for it."""
+    if sum(len(picture.file) for picture in drawn.pictures) <= INLINE_BYTES:
+        return write()
+    return await run_in_threadpool(write)
 
 
 async def _drawn(order: Order, request: Request, parts: Parts) -> tuple[tuple[Job, ...], list[Done]]:

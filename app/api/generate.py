@@ -2,13 +2,14 @@
 
 import base64
 import time
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from app import images
 from app.api.accept import choose_format
 from app.api.deps import PartsDep
-from app.api.draw import Drawn, draw
+from app.api.draw import Drawn, draw, written
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse, Image
 from app.http.limits import DrawingRoute
@@ -27,7 +28,9 @@ async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> 
     order = _order(body, request.client.host if request.client else "")
     with named(width="size", height="size") if body.size else named():
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)
-    return _picture(drawn, bare) if bare else _json(request, drawn)
+    if bare:
+        return _picture(drawn, bare)
+    return await written(drawn, partial(_json, request.state.request_id, drawn))
 
 
 def _order(body: GenerateRequest, owner: str) -> Order:
@@ -56,10 +59,10 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
     return Response(picture.file, media_type=images.MEDIA_TYPES[output_format], headers=headers)
 
 
-def _json(request: Request, drawn: Drawn) -> Response:
+def _json(request_id: str, drawn: Drawn) -> Response:
     first = drawn.pictures[0]
     answer = GenerateResponse(
-        id=request.state.request_id,
+        id=request_id,
         created=int(time.time()),
         variant=first.job.weights.variant,
         width=first.done.width,

@@ -7,17 +7,20 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from app.engine.fleet import Fleet
+from app.http.connections import Connections
 from app.http.protocol import Protocol
 from app.settings import Settings
 
 log = logging.getLogger("app.server")
 
+TICK_S = 0.1  # uvicorn's
 SECOND_S = 0.5  # make and a terminal both signal the group: two signals within this time are one
 KEEP_ALIVE_S = 75  # above the 60 s that load balancers keep a connection, so that they close first
 
@@ -26,13 +29,14 @@ class Server(uvicorn.Server):
     """A uvicorn server that keeps its port open while it drains."""
 
     def __init__(self, app: FastAPI, settings: Settings, fleet: Fleet) -> None:
+        self._connections = Connections(settings.max_connections, settings.send_timeout_s)
         super().__init__(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
                 root_path=settings.root_path,
-                http=Protocol,
+                http=partial(Protocol, self._connections),  # type: ignore[arg-type]
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -44,6 +48,7 @@ class Server(uvicorn.Server):
         self._fleet = fleet
         self._drain_s = settings.drain_s
         self._draining_since: float | None = None
+        self._ticked = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a later second signal ends at once."""
@@ -56,7 +61,12 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Called by uvicorn ten times a second."""
+        """Called by uvicorn every TICK_S."""
+        now = time.monotonic()
+        if counter:
+            self._fleet.metrics.loop_lag.observe(max(0.0, now - self._ticked - TICK_S))
+        self._ticked = now
+        self._connections.cut_the_slow()
         if self._fleet.fatal is not None:
             log.error(self._fleet.fatal)
             self.should_exit = True
