@@ -70,6 +70,11 @@ DRAINING = Cause(
     detail="the server is shutting down; ask another instance",
     retry_after=5,
 )
+CROWDED = Cause(
+    *(503, "too_many_connections", "refused", "Too many connections", AGAIN),
+    detail="the server has as many connections as it may have; use one for several requests",
+    retry_after=1,
+)
 SILENT = Cause(
     *(503, "not_ready", "refused", "Not ready", AGAIN),
     detail="the engine has not answered lately; ask again",

@@ -58,6 +58,9 @@ class Metrics:
         self.log_lines_dropped = Counter(
             "sdxl_log_lines_dropped", "Log lines that could not be written.", registry=registry
         )
+        self.loop_lag = self._seconds(
+            "sdxl_loop_lag_seconds", "How late the event loop of HTTP is, ten times a second."
+        )
         self.step_cost = Gauge(
             "sdxl_step_cost_seconds", "Measured at warm-up: one UNet call.", ["batch"], registry=registry
         )

@@ -85,6 +85,13 @@ class EngineSettings(Variables):
         Path("~/.cache/sdxl-lightning-server"), description="where compiled code is kept; safe to delete"
     )
 
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _not_the_working_directory(cls, value: object) -> object:
+        if not str(value):
+            raise ValueError("must name a directory")
+        return value
+
     @field_validator("model_dir")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
@@ -151,6 +158,10 @@ class Settings(EngineSettings):
         "follows from the steps; NAME=VARIANT binds it to one",
     )
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
+    max_connections: int = Field(4096, ge=8, le=1_000_000, description="open at once; for more, idle ones are closed")
+    send_timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="how long an answer may wait to be read by its client, seconds"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
     @field_validator("log_level", mode="before")

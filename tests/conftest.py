@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -29,7 +30,7 @@ class ServerProcess:
 
     first: Python to run in that process before the server, where a limit takes too long to wait for."""
 
-    def __init__(self, log: Path, first: str = "", **settings: str) -> None:
+    def __init__(self, log: Path, first: str = "", cwd: Path = ROOT, **settings: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -45,12 +46,13 @@ class ServerProcess:
             "PORT": str(self.port),
             "ALLOWED_HOSTS": "x",
         }
+        path = os.pathsep.join(filter(None, (settings.pop("PYTHONPATH", ""), str(ROOT))))
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"{first}\nfrom app.cli import main; main()", "serve"],
-                env={**os.environ, **defaults, **settings},
+                [sys.executable, "-P", "-c", f"{first}\nfrom app.cli import main; main()", "serve"],
+                env={**os.environ, **defaults, **settings, "PYTHONPATH": path},
                 stderr=stderr,
-                cwd=ROOT,
+                cwd=cwd,
                 start_new_session=True,
             )
 
@@ -143,7 +145,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers of the test's own, and stops them."""
     started: list[ServerProcess] = []
 
-    def start(**settings: str) -> ServerProcess:
+    def start(**settings: Any) -> ServerProcess:
         started.append(ServerProcess(tmp_path / f"log-{len(started)}", **settings))
         return started[-1]
 

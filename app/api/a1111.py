@@ -19,13 +19,11 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
-    as_base64,
-    as_json,
     refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
-from app.api.draw import Drawn, Picture, draw, parameters
+from app.api.draw import Drawn, Picture, as_base64, as_json, draw, parameters
 from app.api.problems import declare, named
 from app.engine.jobs import Job
 from app.errors import Problem

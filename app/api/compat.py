@@ -1,14 +1,9 @@
 """What the APIs that others defined have in common: they are tolerant, where ours is strict."""
 
-from binascii import b2a_base64
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
 
 from app import errors
 from app.api.deps import Parts
@@ -20,7 +15,6 @@ from models.catalog import CATALOG
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI has it; what is not read is cut
 MOST_PICTURES = 10  # of one request, as OpenAI has it
-INLINE_BYTES = 256 << 10  # as base64: 0.2 ms
 
 
 class CompatRoute(DrawingRoute):
@@ -66,18 +60,3 @@ def variant_of(model: str | None, parts: Parts) -> str | None:
         detail = f"there is no model of this name; there are {', '.join((ANY_STEPS, *known))}"
         raise Problem(errors.UNKNOWN_MODEL, detail, "model")
     return name
-
-
-async def as_base64(files: Sequence[bytes], prefix: str = "") -> list[msgspec.Raw]:
-    """Each file as a JSON string. Off the event loop where they are large."""
-
-    def encode() -> list[msgspec.Raw]:
-        start = f'"{prefix}'.encode()
-        return [msgspec.Raw(b'%b%b"' % (start, b2a_base64(file, newline=False))) for file in files]
-
-    return encode() if sum(map(len, files)) < INLINE_BYTES else await run_in_threadpool(encode)
-
-
-def as_json(content: Any) -> Response:
-    """An answer that is encoded once; it may hold what as_base64() gives."""
-    return Response(msgspec.json.encode(content), media_type="application/json")

@@ -1,6 +1,5 @@
 """POST /generate, our own API: strict, and nothing that was asked for is ignored."""
 
-import base64
 import time
 
 from fastapi import APIRouter, Request, Response
@@ -8,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from app import images
 from app.api.accept import choose_format
 from app.api.deps import PartsDep, owner_of
-from app.api.draw import Drawn, draw
+from app.api.draw import Drawn, as_base64, as_json, draw
 from app.api.problems import declare, named
-from app.api.schemas import GenerateRequest, GenerateResponse, Image
+from app.api.schemas import GenerateRequest, GenerateResponse
 from app.http.limits import DrawingRoute
 from app.order import Order
 
@@ -27,7 +26,9 @@ async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> 
     order = _order(body, owner_of(request))
     with named(width="size", height="size") if body.size else named():
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)
-    return _picture(drawn, bare) if bare else _json(request, drawn)
+    if bare:
+        return _picture(drawn, bare)
+    return await _json(request, drawn)
 
 
 def _order(body: GenerateRequest, owner: str) -> Order:
@@ -59,7 +60,7 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
     return Response(picture.file, media_type=images.MEDIA_TYPES[output_format], headers=headers)
 
 
-def _json(request: Request, drawn: Drawn) -> Response:
+async def _json(request: Request, drawn: Drawn) -> Response:
     first = drawn.pictures[0]
     answer = GenerateResponse(
         id=request.state.request_id,
@@ -69,8 +70,10 @@ def _json(request: Request, drawn: Drawn) -> Response:
         height=first.done.height,
         prompt_tokens=first.done.tokens,
         prompt_truncated=drawn.prompt_truncated,
-        images=[Image(b64_json=base64.b64encode(each.file).decode(), seed=each.job.seed) for each in drawn.pictures],
+        images=[],
         timings_ms=drawn.timings_ms,
         batch_sizes=first.done.batches,
     )
-    return Response(answer.model_dump_json(), media_type="application/json")
+    files = await as_base64([each.file for each in drawn.pictures])
+    pictures = [{"b64_json": file, "seed": each.job.seed} for file, each in zip(files, drawn.pictures, strict=True)]
+    return as_json({**answer.model_dump(), "images": pictures})

@@ -21,13 +21,11 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
-    as_base64,
-    as_json,
     refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
-from app.api.draw import draw, make_file, watch
+from app.api.draw import as_base64, as_json, draw, make_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
 from app.api.schemas import OutputFormat
 from app.engine.jobs import Job

@@ -78,7 +78,10 @@ def _open_model(config: EngineConfig, workers: int) -> Model:
     workers = workers if on_gpu else min(workers, threads)
     per_call = max(1, threads // workers)
     torch.set_num_threads(per_call)
-    device = Gpu(Path(config.cache)) if on_gpu else _cpu(workers, per_call) if config.compile else Device()
+    if on_gpu:
+        device: Device = Gpu(Path(config.cache) if config.compile else None)
+    else:
+        device = _cpu(workers, per_call) if config.compile else Device()
     dtype: torch.dtype = device.default_dtype if config.dtype is None else getattr(torch, config.dtype)
     store = _find_store(config, device)
     preload = choose_preload(store) if config.preload is None else config.preload

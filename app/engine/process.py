@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -38,6 +38,8 @@ SETTLED_S = 60.0  # an engine that lived this long starts again at once
 STILLBORN = 3  # deaths in a row of an engine that never served: it never will
 MOST_DEATHS, DEATHS_S = 5, 60.0  # so many deaths within so many seconds end the server, too
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+SAFE = {"PYTHONSAFEPATH": "1"}  # nothing is imported from the working directory, by the engine and what it starts
+SPARE = 8  # descriptors kept back: whatever took all others, an engine can be started
 LEARN = 0.02  # of a call's drift from its measured cost is learned at once
 
 # glibc gives large blocks back to the kernel at once, and takes them again for the next layer: a fifth of a decode.
@@ -52,6 +54,25 @@ def allocator() -> dict[str, str]:
     return {"GLIBC_TUNABLES": KEEP_MEMORY}
 
 
+class Spare:
+    """Descriptors that nobody else can take."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """They are free for what is opened meanwhile; then as many as can be had are taken again."""
+        while self._held:
+            os.close(self._held.pop())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                while len(self._held) < SPARE:
+                    self._held.append(os.open(os.devnull, os.O_RDONLY))
+
+
 class EngineProcess:
     """ready, report, costs: what the engine said last; ready is None while it does not serve. fatal: why it is not
     started any more. hear: takes its other messages. died: is called at each death."""
@@ -62,6 +83,7 @@ class EngineProcess:
         self.report: Report | None = None
         self.costs: Costs | None = None
         self.fatal: str | None = None
+        self._spare = Spare()
         self._drift = 1.0
         self._last_answer = 0.0
         self._unanswered = 0
@@ -131,16 +153,17 @@ class EngineProcess:
     async def _live(self) -> None:
         """One life of the engine, from its start to the end of its pipe."""
         self._process, self._unanswered = None, 0
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno())),
-                msgspec.json.encode(self.config).decode(),
-                pass_fds=[theirs.fileno()],
-                env={**QUIET, **allocator(), **os.environ},
-                start_new_session=True,  # a Ctrl-C in the terminal is for us to act on
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        with self._spare.lent():
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno())),
+                    msgspec.json.encode(self.config).decode(),
+                    pass_fds=[theirs.fileno()],
+                    env={**QUIET, **allocator(), **os.environ, **SAFE},
+                    start_new_session=True,  # a Ctrl-C in the terminal is for us to act on
+                )
+            reader, self._writer = await asyncio.open_connection(sock=ours)
         pinging = asyncio.create_task(self._ping())
         try:
             while True:
