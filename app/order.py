@@ -27,7 +27,7 @@ class Order:
     """One request for n pictures. None: left to us.
 
     owner: who asks, so that the same order from somebody else is another one. width, height: pixels. timeout: seconds
-    after which the pictures are of no use. Picture k of n has seed + k.
+    after which the pictures are of no use. Picture k of n has seed + k. previews: show them while they are drawn.
     """
 
     owner: str
@@ -42,6 +42,7 @@ class Order:
     width: int | None = None
     height: int | None = None
     timeout: float | None = None
+    previews: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -80,7 +81,7 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     weights = Weights(variant.name, order.styles)
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
-    drawn = (height, width, deadline, order.owner)
+    drawn = (height, width, deadline, order.owner, order.previews)
     return [Job(new_id(), order.prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
 
 

@@ -11,6 +11,7 @@ from transformers import BatchEncoding, CLIPTokenizer
 
 from models.device import Device
 from models.modules import UNetFunction, load_decoder, load_text_encoders
+from models.preview import clean_latents, to_rgb
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
 
@@ -63,6 +64,7 @@ class Pipeline:
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
+        self._colours = device.put(torch.tensor(store.family.preview))
         self._prompts: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
 
     def draw(
@@ -165,6 +167,13 @@ class Pipeline:
         time_ids = self._time_ids(height, width).repeat(len(conditioning), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
         return run(latents, table, embeds, pooled, time_ids)
+
+    @torch.inference_mode()
+    def preview(self, schedule: Schedule, before: Tensor, after: Tensor, steps: Sequence[int]) -> Tensor:
+        """What a step of denoise() takes for the finished pictures, (B, h, w, 3) uint8 on the host; waits for it.
+        before, after: (B, 4, h, w) float32, the latents around the step. steps: B, each row's index into the schedule."""
+        sigma, sigma_next = schedule.table[self.device.put(torch.tensor(steps))].unbind(1)[1:3]
+        return to_rgb(clean_latents(before, after, sigma, sigma_next), self._colours).cpu()
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

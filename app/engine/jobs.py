@@ -16,7 +16,7 @@ new_id = count(1).__next__  # an id that no other job of this process has
 
 class Job(msgspec.Struct, frozen=True):
     """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
-    asked for it, since no two owners share what is cached."""
+    asked for it, since no two owners share what is cached. previews: somebody looks on while it is drawn."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -27,6 +27,7 @@ class Job(msgspec.Struct, frozen=True):
     width: Pixels
     deadline: float
     owner: str = ""
+    previews: bool = False
 
     def row(self, step: int = 0, is_encoded: bool = False) -> "Row":
         """This job as the scheduler sees it once `step` of its steps are done."""
@@ -61,6 +62,11 @@ class Row:
     def pixels(self) -> int:
         """Height times width: what the cost of a step and a decode grow with."""
         return self.height * self.width
+
+
+def age(row: Row) -> tuple[float, int]:
+    """The order in which rows are served: the oldest deadline first."""
+    return row.deadline, row.id
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from app.engine.messages import (
     FromEngine,
     Measured,
     Ping,
+    Preview,
     Report,
     Submit,
     ToEngine,
@@ -262,7 +263,10 @@ class Loop:
             running.conditioning = conditioning
             running.spent("encode", seconds)
 
-    def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
+    def _stepped(
+        self, rows: list[Running], result: tuple[Tensor, list[Preview]], start: float, seconds: float
+    ) -> None:
+        stepped, previews = result
         count = sum(running.row.count for running in rows)
         for running, latents in zip(rows, stepped, strict=True):
             if running.step == 0:
@@ -270,6 +274,8 @@ class Loop:
             running.latents, running.step = latents, running.step + 1
             running.spent("denoise", seconds)
             running.batches.append(count)
+        for preview in previews:
+            self.send(preview)
 
     def _decoded(
         self, rows: list[Running], drawn: tuple[list[bytes], list[bool]], start: float, seconds: float

@@ -94,6 +94,16 @@ class Worked(msgspec.Struct, tag=True, frozen=True):
     pixels: int
 
 
+class Preview(msgspec.Struct, tag=True, frozen=True):
+    """What a step takes for the finished picture: height x width x 3 bytes, an eighth of the picture's sides."""
+
+    id: Id
+    step: int
+    height: int
+    width: int
+    pixels: bytes
+
+
 class Done(msgspec.Struct, tag=True, frozen=True):
     """A picture: height x width x 3 bytes. seconds: by stage. batches: the rows of each of its steps."""
 
@@ -122,4 +132,4 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Cancel | Ping
-FromEngine = Starting | Ready | Measured | Report | Worked | Done | Failed | Fatal
+FromEngine = Starting | Ready | Measured | Report | Worked | Preview | Done | Failed | Fatal

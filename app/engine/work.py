@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from app.engine.calls import Running
+from app.engine.messages import Preview
 from models.modules import UNetFunction
 from models.pipeline import Conditioning, Pipeline
 from models.schedule import Schedule
@@ -14,8 +15,11 @@ def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
     return pipeline.encode([row.job.prompt for row in rows], [row.job.owner for row in rows])
 
 
-def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:
-    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first."""
+def denoise(
+    pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]
+) -> tuple[Tensor, list[Preview]]:
+    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first. And a preview
+    of those that somebody looks at, unless it was their last step."""
     for row in rows:
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
@@ -23,8 +27,14 @@ def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: li
     latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
     stepped = pipeline.denoise(unet, schedule, latents, [row.step for row in rows], conditioning)
+    shown = [k for k, row in enumerate(rows) if row.job.previews and row.step + 1 < row.job.steps]
+    previews = []
+    if shown:
+        steps = [rows[k].step for k in shown]
+        for k, pixels in zip(shown, pipeline.preview(schedule, latents[shown], stepped[shown], steps), strict=True):
+            previews.append(Preview(rows[k].job.id, rows[k].step + 1, *pixels.shape[:2], pixels.numpy().tobytes()))
     pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
-    return stepped
+    return stepped, previews
 
 
 def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[bytes], list[bool]]:
