@@ -45,7 +45,7 @@ class Pipeline:
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
-        self._colours = device.put(torch.tensor(store.family.preview))
+        self._colours = device.put(torch.tensor(store.family.preview, dtype=torch.float32))
 
     def draw(
         self,
@@ -141,7 +141,7 @@ class Pipeline:
     @torch.inference_mode()
     def preview(self, schedule: Schedule, before: Tensor, after: Tensor, steps: Sequence[int]) -> Tensor:
         """What a step of denoise() takes for the finished pictures, (B, h, w, 3) uint8 on the host; waits for it.
-        before, after: (B, 4, h, w) float32, the latents around the step. steps: B, each row's index into the schedule."""
+        before, after: (B, 4, h, w) float32, the latents around the step. steps: B, as denoise() took them."""
         sigma, sigma_next = schedule.table[self.device.put(torch.tensor(steps))].unbind(1)[1:3]
         return to_rgb(clean_latents(before, after, sigma, sigma_next), self._colours).cpu()
 

@@ -1,4 +1,4 @@
-"""Previews: what a step takes for the clean latents, as a small picture, by a linear map (fitted by bench/previews.py)."""
+"""Previews: what a step takes for the clean latents, as a small picture, by a linear map (fitted in bench/)."""
 
 import torch
 from torch import Tensor

@@ -27,7 +27,6 @@ from app.engine.messages import (
     FromEngine,
     Measured,
     Ping,
-    Preview,
     Report,
     Submit,
     ToEngine,
@@ -232,7 +231,8 @@ class Loop:
             unet = self.registry.use(job.weights)
         except KeyError:
             return None  # evicted since the plan was made: the rows stay, and it is loaded again
-        step = partial(work.denoise, self.pipeline, unet, self.registry.schedule(job.weights.variant, job.steps))
+        schedule = self.registry.schedule(job.weights.variant, job.steps)
+        step = partial(work.denoise, self.pipeline, unet, schedule, self.send)
         return self._start(Call("denoise", rows, step, self._stepped))
 
     def _settle(self, call: Call, result: Any, seconds: float) -> None:
@@ -263,10 +263,7 @@ class Loop:
             running.conditioning = conditioning
             running.spent("encode", seconds)
 
-    def _stepped(
-        self, rows: list[Running], result: tuple[Tensor, list[Preview]], start: float, seconds: float
-    ) -> None:
-        stepped, previews = result
+    def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
         count = sum(running.row.count for running in rows)
         for running, latents in zip(rows, stepped, strict=True):
             if running.step == 0:
@@ -274,8 +271,6 @@ class Loop:
             running.latents, running.step = latents, running.step + 1
             running.spent("denoise", seconds)
             running.batches.append(count)
-        for preview in previews:
-            self.send(preview)
 
     def _decoded(
         self, rows: list[Running], drawn: tuple[list[bytes], list[bool]], start: float, seconds: float

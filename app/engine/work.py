@@ -1,5 +1,7 @@
 """What a call does on the device, for all its rows together: prompts to conditioning, a step, latents to pictures."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,10 @@ def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
 
 
 def denoise(
-    pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]
-) -> tuple[Tensor, list[Preview]]:
-    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first. And a preview
-    of those that somebody looks at, unless it was their last step."""
+    pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, show: Callable[[Preview], None], rows: list[Running]
+) -> Tensor:
+    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first. show: takes
+    a preview of each row that somebody looks at, unless this was its last step."""
     for row in rows:
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
@@ -36,14 +38,13 @@ def denoise(
     latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
     stepped = pipeline.denoise(unet, schedule, latents, [row.step for row in rows], conditioning)
-    shown = [k for k, row in enumerate(rows) if row.job.previews and row.step + 1 < row.job.steps]
-    previews = []
-    if shown:
-        steps = [rows[k].step for k in shown]
-        for k, pixels in zip(shown, pipeline.preview(schedule, latents[shown], stepped[shown], steps), strict=True):
-            previews.append(Preview(rows[k].job.id, rows[k].step + 1, *pixels.shape[:2], pixels.numpy().tobytes()))
+    seen = [k for k, row in enumerate(rows) if row.job.previews and row.step + 1 < row.job.steps]
+    if seen:
+        pictures = pipeline.preview(schedule, latents[seen], stepped[seen], [rows[k].step for k in seen])
+        for k, pixels in zip(seen, pictures.numpy(), strict=True):
+            show(Preview(rows[k].job.id, rows[k].step + 1, pixels.shape[0], pixels.shape[1], pixels.tobytes()))
     pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
-    return stepped, previews
+    return stepped
 
 
 def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[bytes], list[bool]]:
