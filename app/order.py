@@ -30,7 +30,7 @@ class Order:
     guidance: 0 and 1 mean without. negative_prompt: None is the absent one, which is not the empty one.
     owner: who asks, so that the same order from somebody else is another one. prompt: cut behind PROMPT_LIMIT. width,
     height: pixels; fit: where they cannot be drawn, the nearest that can. timeout: seconds after which the pictures are
-    of no use. Picture k of n has seed + k.
+    of no use. Picture k of n has seed + k. previews: show them while they are drawn.
     """
 
     owner: str
@@ -46,6 +46,7 @@ class Order:
     height: int | None = None
     fit: bool = False
     timeout: float | None = None
+    previews: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +88,7 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
     away = order.negative_prompt and order.negative_prompt[:PROMPT_LIMIT]
-    prompt, drawn = order.prompt[:PROMPT_LIMIT], (height, width, deadline, order.owner, away, guidance)
+    prompt, drawn = order.prompt[:PROMPT_LIMIT], (height, width, deadline, order.owner, away, guidance, order.previews)
     return [Job(new_id(), prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
 
 

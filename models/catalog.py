@@ -96,10 +96,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Family:
-    """A base model and its variants: SDXL, or the embedded miniature of it."""
+    """A base model and its variants: SDXL, or the embedded miniature of it. preview: the colours of its latents, as
+    models.preview.to_rgb takes them."""
 
     name: str
     size: Sizes
+    preview: tuple[tuple[float, ...], ...]
     components: dict[str, Component]
     variants: dict[str, Variant]
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -120,6 +122,7 @@ def _family(name: str, row: dict[str, Any], variants: dict[str, Variant], root: 
     return Family(
         name=name,
         size=Sizes(**row["size"]),
+        preview=tuple(map(tuple, row["preview"])),
         components={
             part: Component(
                 value["folder"], tuple(value["files"]), value.get("repository"), tuple(value.get("or_files", ()))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.device import Device
 from models.modules import UNetFunction, load_decoder, load_text_encoders
+from models.preview import clean_latents, to_rgb
 from models.prompts import Conditioning, Prompts, TextFunction
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
@@ -44,6 +45,7 @@ class Pipeline:
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
+        self._colours = device.put(torch.tensor(store.family.preview, dtype=torch.float32))
 
     def draw(
         self,
@@ -135,6 +137,13 @@ class Pipeline:
         scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
         towards[guided] = away + scale * (towards[guided] - away)
         return towards
+
+    @torch.inference_mode()
+    def preview(self, schedule: Schedule, before: Tensor, after: Tensor, steps: Sequence[int]) -> Tensor:
+        """What a step of denoise() takes for the finished pictures, (B, h, w, 3) uint8 on the host; waits for it.
+        before, after: (B, 4, h, w) float32, the latents around the step. steps: B, as denoise() took them."""
+        sigma, sigma_next = schedule.table[self.device.put(torch.tensor(steps))].unbind(1)[1:3]
+        return to_rgb(clean_latents(before, after, sigma, sigma_next), self._colours).cpu()
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from app import errors, images
 from app.api.deps import Parts
 from app.engine.jobs import Job
-from app.engine.messages import Done
+from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
 from app.order import PROMPT_LIMIT, Limits, Order, resolve
@@ -53,6 +53,20 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
     """Draw an order and make its files. Raises Problem; when the client leaves first, its jobs leave the engine."""
     start = time.monotonic()
     jobs, done = await _unless_the_client_leaves(request, _drawn(order, request, parts))
+    return await finish(order, jobs, done, output_format, quality, start, request, parts)
+
+
+async def finish(
+    order: Order,
+    jobs: Sequence[Job],
+    done: Sequence[Done],
+    output_format: str,
+    quality: int,
+    start: float,
+    request: Request,
+    parts: Parts,
+) -> Drawn:
+    """Files of an order's pictures. start: when it came, on the monotonic clock."""
     encoding = time.monotonic()
     files = [await make_file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
     end = time.monotonic()
@@ -67,8 +81,8 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
 
 
 async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
-    """What becomes of an order: Accepted, Stepped where that is wanted, and Done for each picture. Raises Problem.
-    Close this iterator to take the jobs out of the engine."""
+    """What becomes of an order: Accepted; Waiting and Stepped where that is wanted; Preview where the order wants it;
+    and Done for each picture. Raises Problem. Close this iterator to take the jobs out of the engine."""
     family, settings = CATALOG[parts.fleet.require_ready().family], parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
     jobs = resolve(order, family, limits, time.monotonic())
@@ -150,6 +164,12 @@ async def make_file(job: Job, done: Done, output_format: str, quality: int) -> b
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
         return images.encode(*arguments)
     return await run_in_threadpool(images.encode, *arguments)
+
+
+def preview_file(preview: Preview, output_format: str, quality: int) -> bytes:
+    """A picture file of a preview, marked as every other."""
+    arguments = (preview.pixels, preview.width, preview.height, output_format, quality)
+    return images.encode(*arguments, {"Preview": f"step {preview.step}"})
 
 
 def _timings(done: Sequence[Done], image: float, total: float) -> dict[str, float]:

@@ -2,7 +2,17 @@
 
 from typing import Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
@@ -49,6 +59,9 @@ class GenerateRequest(BaseModel):
     )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
+    stream: StrictBool = Field(
+        False, description="server-sent events: the place in the queue, previews, and the same JSON as `result`"
+    )
     timeout: StrictFloat | None = Field(
         None, gt=0, description="seconds after which the answer is of no use; 30 if absent"
     )

@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 
 from app import errors
 from app.engine.admission import Admission
-from app.engine.jobs import Job
-from app.engine.messages import Cancel, Done, EngineConfig, Failed, FromEngine, Ready, Report, Submit, Worked
+from app.engine.jobs import Job, Row
+from app.engine.messages import Cancel, Done, EngineConfig, Failed, FromEngine, Preview, Ready, Report, Submit, Worked
 from app.engine.process import EngineProcess
-from app.engine.queue import Accepted, Event, Queue
+from app.engine.queue import Accepted, Event, Queue, Waiting
 from app.errors import CAUSES, FAILED, Problem
 from app.logs import STDERR
 from app.metrics import Metrics
@@ -66,7 +66,8 @@ class Fleet:
         return self._engine.ready
 
     async def watch(self, jobs: Sequence[Job], who: str, wants_steps: bool = False) -> AsyncGenerator[Event]:
-        """Draw one request's jobs, all with one deadline, and tell what becomes of them, until each is Done.
+        """Draw one request's jobs, all with one deadline, and tell what becomes of them, until each is Done. Who
+        wants_steps hears of the queue, too, and again where nothing else happens.
         who: the request's fingerprint, for its Retry-After. To close this iterator takes its jobs out of the engine.
         Raises the Problem that describes what went wrong."""
         self._admit(jobs, who)
@@ -75,10 +76,12 @@ class Fleet:
         missing = len(jobs)
         try:
             yield Accepted(tuple(jobs))
+            if wants_steps:
+                yield self._waiting(jobs[0].row())
             while missing:
                 event = await ticket.next()
                 missing -= isinstance(event, Done)
-                yield event
+                yield event or self._waiting(jobs[0].row())
         finally:
             if left := self._queue.remove(ticket):
                 self._engine.send(Cancel(left))
@@ -116,6 +119,10 @@ class Fleet:
             detail = f"{refusal.reason}; ask again in {refusal.retry_after} s"
             raise Problem(errors.OVERLOADED, detail, retry_after=refusal.retry_after)
 
+    def _waiting(self, row: Row) -> Waiting:
+        ahead, prices = self._queue.ahead(row), self._engine.prices
+        return Waiting(len(ahead), prices.wait(row, ahead) if ahead and prices else 0.0)
+
     def _bury(self) -> None:
         self._queue.fail_all(Problem(errors.ENGINE_DIED))
         if self.fatal is None and not self.draining:
@@ -129,6 +136,8 @@ class Fleet:
                 if self._queue.settle(id, message):
                     self.metrics.images.labels(message.variant).inc()
                     self.metrics.queue.observe(message.seconds.get("queue", 0.0))
+            case Preview():
+                self._queue.shown(message)
             case Failed(id, cause, detail):
                 if cause not in EXPECTED:
                     log.error("job %d failed: %s %s", id, cause, detail)

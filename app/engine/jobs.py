@@ -17,7 +17,8 @@ new_id = count(1).__next__  # an id that no other job of this process has
 class Job(msgspec.Struct, frozen=True):
     """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
     asked for it, since no two owners share what is cached. guidance: 1 means without; negative_prompt acts above.
-    trace: the request's traceparent, where its stages are wanted in detail."""
+    previews: somebody looks on while it is drawn. trace: the request's traceparent, where its stages are wanted in
+    detail."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -30,6 +31,7 @@ class Job(msgspec.Struct, frozen=True):
     owner: str = ""
     negative_prompt: Annotated[str, msgspec.Meta(max_length=2000)] | None = None
     guidance: float = 1.0
+    previews: bool = False
     trace: str = ""
 
     def row(self, step: int = 0, is_encoded: bool = False, length: int = 0) -> "Row":
@@ -68,6 +70,11 @@ class Row:
     def pixels(self) -> int:
         """Height times width: what the cost of a step and a decode grow with."""
         return self.height * self.width
+
+
+def age(row: Row) -> tuple[float, int]:
+    """The order in which rows are served: the oldest deadline first."""
+    return row.deadline, row.id
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,8 @@ class Loop:
             unet = self.registry.use(job.weights)
         except KeyError:
             return None  # evicted since the plan was made: the rows stay, and it is loaded again
-        step = partial(work.denoise, self.pipeline, unet, self.registry.schedule(job.weights.variant, job.steps))
+        schedule = self.registry.schedule(job.weights.variant, job.steps)
+        step = partial(work.denoise, self.pipeline, unet, schedule, self.send)
         return self._start(Call("denoise", rows, step, self._stepped))
 
     def _settle(self, call: Call, result: Any, seconds: float) -> None:

@@ -103,6 +103,16 @@ class Mark(msgspec.Struct, frozen=True):
     rows: int
 
 
+class Preview(msgspec.Struct, tag=True, frozen=True):
+    """What a step takes for the finished picture: height x width x 3 bytes, an eighth of the picture's sides."""
+
+    id: Id
+    step: int
+    height: int
+    width: int
+    pixels: bytes
+
+
 class Done(msgspec.Struct, tag=True, frozen=True):
     """A picture: height x width x 3 bytes. seconds: by stage. batches: the rows of each of its steps. tokens: of its
     prompt, whose end was not read where that is truncated."""
@@ -134,4 +144,4 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Cancel | Ping
-FromEngine = Starting | Ready | Measured | Report | Worked | Done | Failed | Fatal
+FromEngine = Starting | Ready | Measured | Report | Worked | Preview | Done | Failed | Fatal

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from app import errors
-from app.engine.jobs import Job, Row
-from app.engine.messages import Done
+from app.engine.jobs import Job, Row, age
+from app.engine.messages import Done, Preview
 from app.errors import Problem
 
 GRACE_S = 0.05  # past the deadline, for an event that is on its way
+NEWS_S = 5.0  # without an event for so long, whoever wants steps is told how long it will be
 
 
 @dataclass(frozen=True)
@@ -28,32 +29,51 @@ class Accepted:
     jobs: tuple[Job, ...]
 
 
-Event = Accepted | Stepped | Done
+@dataclass(frozen=True)
+class Waiting:
+    """A request stands in the queue. ahead: pictures of others that go before. seconds: until its first step, about."""
+
+    ahead: int
+    seconds: float
+
+
+Event = Accepted | Waiting | Stepped | Preview | Done
 
 
 class Ticket:
-    """What one request waits for: the events of its jobs, until each is Done."""
+    """What one request waits for: the events of its jobs, until each is Done. Who reads too slowly for all previews
+    gets the newest of each picture, and everything else."""
 
     def __init__(self, jobs: Sequence[Job], wants_steps: bool) -> None:
         self.ids = {job.id for job in jobs}
         self.deadline = jobs[0].deadline
         self.wants_steps = wants_steps
         self._events: asyncio.Queue[Event | Problem] = asyncio.Queue()
+        self._previews: dict[int, Preview] = {}  # unread, by picture
 
     def put(self, event: Event | Problem) -> None:
         """Tell whoever waits."""
+        if isinstance(event, Preview):
+            is_behind = event.id in self._previews
+            self._previews[event.id] = event
+            if is_behind:
+                return
         self._events.put_nowait(event)
 
-    async def next(self) -> Event:
-        """The next event. Raises the Problem that one of the jobs met, or errors.EXPIRED at the deadline."""
+    async def next(self) -> Event | None:
+        """The next event; None where there was none for a while and steps are wanted. Raises the Problem that one of
+        the jobs met, or errors.EXPIRED at the deadline."""
+        left = max(0.0, self.deadline - time.monotonic()) + GRACE_S
         try:
-            async with asyncio.timeout(max(0.0, self.deadline - time.monotonic()) + GRACE_S):
+            async with asyncio.timeout(min(left, NEWS_S) if self.wants_steps else left):
                 event = await self._events.get()
         except TimeoutError:
+            if self.wants_steps and left > NEWS_S:
+                return None
             raise Problem(errors.EXPIRED) from None
         if isinstance(event, Problem):
             raise event
-        return event
+        return self._previews.pop(event.id) if isinstance(event, Preview) else event
 
 
 @dataclass
@@ -86,6 +106,12 @@ class Queue:
         """Pictures that have had no step yet."""
         return sum(not pending.has_begun for pending in self._pending.values())
 
+    def ahead(self, row: Row) -> list[Row]:
+        """What goes before a row that has had no step yet, the first one first."""
+        if (pending := self._pending.get(row.id)) is None or pending.has_begun:
+            return []
+        return sorted((each for each in self.rows if age(each) < age(row)), key=age)
+
     def put(self, jobs: Sequence[Job], wants_steps: bool) -> Ticket:
         """Take one request's jobs in. wants_steps: its ticket tells of each step, too."""
         ticket = Ticket(jobs, wants_steps)
@@ -104,6 +130,11 @@ class Queue:
                 pending.row = replace(pending.row, steps_left=pending.row.steps_left - 1)
                 if pending.ticket.wants_steps:
                     pending.ticket.put(Stepped(id, pending.steps - pending.row.steps_left))
+
+    def shown(self, preview: Preview) -> None:
+        """There is a preview of a job."""
+        if (pending := self._pending.get(preview.id)) is not None:
+            pending.ticket.put(preview)
 
     def settle(self, id: int, outcome: Done | Problem) -> bool:
         """A job has ended. False where nobody waits for it any more."""

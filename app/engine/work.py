@@ -1,9 +1,12 @@
 """What a call does on the device, for all its rows together: prompts to conditioning, a step, latents to pictures."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from app.engine.calls import Running
+from app.engine.messages import Preview
 from models.modules import UNetFunction
 from models.pipeline import Pipeline
 from models.prompts import Conditioning
@@ -23,8 +26,11 @@ def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
     ]
 
 
-def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:
-    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first."""
+def denoise(
+    pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, show: Callable[[Preview], None], rows: list[Running]
+) -> Tensor:
+    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first. show: takes
+    a preview of each row that somebody looks at, unless this was its last step."""
     for row in rows:
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
@@ -32,6 +38,11 @@ def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: li
     latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
     stepped = pipeline.denoise(unet, schedule, latents, [row.step for row in rows], conditioning)
+    seen = [k for k, row in enumerate(rows) if row.job.previews and row.step + 1 < row.job.steps]
+    if seen:
+        pictures = pipeline.preview(schedule, latents[seen], stepped[seen], [rows[k].step for k in seen])
+        for k, pixels in zip(seen, pictures.numpy(), strict=True):
+            show(Preview(rows[k].job.id, rows[k].step + 1, pixels.shape[0], pixels.shape[1], pixels.tobytes()))
     pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
     return stepped
 

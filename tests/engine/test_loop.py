@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from app.engine.costs import Costs
 from app.engine.jobs import Job
 from app.engine.loop import Loop
-from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Report, Submit
+from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Preview, Report, Submit
 from app.errors import UNAVAILABLE
 from models.catalog import CATALOG, Weights
 from models.device import Device, Tier
@@ -72,6 +73,20 @@ def test_a_row_that_fails_fails_alone(pipeline):
     serve(loop, sent, 5)
     assert sent.failed() == {2: "FAILED"}
     assert sent.done() == {0, 1, 3, 4}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_who_looks_on_changes_nothing(pipeline, steps):
+    """The same pixels, bit for bit, with a preview of each step but the last and without."""
+    drawn = []
+    for previews in (False, True):
+        loop, sent = make_loop(pipeline, f"{steps}step-unet")
+        loop.post(Submit([msgspec.structs.replace(job(7, variant=f"{steps}step-unet"), previews=previews)]))
+        serve(loop, sent, 1)
+        seen = [(each.step, each.height, each.width, len(each.pixels)) for each in sent if isinstance(each, Preview)]
+        assert seen == [(step, 16, 16, 16 * 16 * 3) for step in range(1, steps) if previews]
+        drawn += pictures(sent)
+    assert drawn[0].equal(drawn[1])
 
 
 def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipeline, monkeypatch):
