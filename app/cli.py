@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubComm
 from app import logs
 from app.order import PROMPT_LIMIT, is_blank
 from app.settings import PREFIX, EngineSettings, Settings
-from models.catalog import CATALOG
+from models.catalog import BadCatalog
 
 
 class Serve(Settings):
@@ -70,7 +70,7 @@ class Models(EngineSettings):
         """Do it; exits with 1 if anything is missing or wrong."""
         from app.offline import list_variants, weight_files
 
-        family = CATALOG[self.model or "embedded"]
+        family = self.families[self.model or "embedded"]
         names = self.names or list(family.variants)
         if unknown := [name for name in names if name not in family.variants]:
             sys.exit(f"no such variant: {', '.join(unknown)}; there are {', '.join(family.variants)}")
@@ -104,6 +104,8 @@ def main() -> None:
     except ValidationError as error:
         print(*map(_sentence, error.errors()), sep="\n", file=sys.stderr)
         sys.exit(2)
+    except BadCatalog as error:
+        sys.exit(str(error))
     except SettingsError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # a redirected POST would lose the proxy's path, and its body with some clients
         generate_unique_id_function=_plain_name,
     )
-    deps.install(app, deps.Parts(fleet, settings, metrics))
+    deps.install(app, deps.Parts(fleet, settings, metrics, settings.families))
     for api in (generate, health, models):
         app.include_router(api.router)
     problems.install(app)

@@ -10,7 +10,7 @@ import msgspec
 from app.engine.load import CANNOT_OPEN, open_model
 from app.images import MEDIA_TYPES, encode
 from app.settings import EngineSettings
-from models.catalog import Family, Weights
+from models.catalog import Family, Weights, one_of
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 
@@ -25,7 +25,7 @@ def draw(settings: EngineSettings, prompt: str, variant: str, seed: int, output:
         model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[variant]), workers=1)
     except CANNOT_OPEN as error:
         sys.exit(str(error))
-    steps, side = model.family.variants[variant].steps, model.family.size.default
+    steps, side = model.family.variants[variant].steps[0], model.family.size.default
     unet, schedule = model.registry.use(Weights(variant)), model.registry.schedule(variant, steps)
     try:
         pixels, valid = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
@@ -44,9 +44,8 @@ def list_variants(settings: EngineSettings, family: Family) -> None:
     """Print every variant, its steps, and whether its file is here."""
     here = WeightStore(family, settings.model_dir).variants_here()
     for variant in family.variants.values():
-        print(
-            f"{variant.name}  {variant.steps} steps  {'here' if variant.name in here else 'not here'}  {variant.file}"
-        )
+        where = "here" if variant.name in here else "not here"
+        print(f"{variant.name}  {one_of(variant.steps)} steps  {where}  {variant.file or 'its own UNet'}")
 
 
 def weight_files(settings: EngineSettings, family: Family, names: list[str], fetch: bool) -> bool:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from app import errors
 from app.engine.jobs import Job, new_id
 from app.errors import Problem
-from models.catalog import Family, Variant, Weights
+from models.catalog import Family, Variant, Weights, one_of
 
-DEFAULT_STEPS = 4
 SEED_LIMIT = 2**32
 PROMPT_LIMIT = 2000  # characters
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
@@ -61,7 +60,7 @@ class Limits:
 def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Job]:
     """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock.
     Raises Problem for what the family does not draw or the server does not allow."""
-    variant = _variant(order, family)
+    variant, steps = _variant(order, family)
     width, height = order.width or family.size.default, order.height or family.size.default
     for side, pixels in (("width", width), ("height", height)):
         if refusal := family.size.refusal(side, pixels):
@@ -81,16 +80,21 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
     drawn = (height, width, deadline, order.owner)
-    return [Job(new_id(), order.prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
+    return [Job(new_id(), order.prompt, weights, steps, seed + k, *drawn) for k in range(order.n)]
 
 
-def _variant(order: Order, family: Family) -> Variant:
-    """The weights an order means: by name, or the UNet of its step count."""
-    name = order.variant or f"{order.steps or DEFAULT_STEPS}step-unet"
-    variant = family.variants.get(name)
-    if variant is None:
-        raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
-    if order.steps is not None and order.steps != variant.steps:
-        detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
-        raise Problem(errors.INVALID, detail, "steps")
-    return variant
+def _variant(order: Order, family: Family) -> tuple[Variant, int]:
+    """The weights and the steps an order means: by name, or the first that declare its steps, or the default."""
+    variants = list(family.variants.values())
+    if order.variant is not None or order.steps is None:
+        variants = [each for each in variants if each.name == (order.variant or family.default)]
+        if not variants:
+            raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
+    if order.steps is None:
+        return variants[0], variants[0].steps[0]
+    for variant in variants:
+        if order.steps in variant.steps:
+            return variant, order.steps
+    who = order.variant or "this model"
+    allowed = one_of({steps for each in variants for steps in each.steps})
+    raise Problem(errors.INVALID, f"{who} draws in {allowed} steps, not {order.steps}", "steps")

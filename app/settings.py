@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.engine.messages import EngineConfig
+from models.catalog import BadCatalog, Family, families
 
 GIB = 2**30
 PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
@@ -22,8 +24,14 @@ class EngineSettings(BaseSettings):
 
     model_config = SettingsConfigDict(cli_kebab_case=True, env_ignore_empty=True)
 
-    model: Literal["embedded", "sdxl"] | None = Field(
-        None, description="the model family; by default sdxl if CUDA and its weights are there, else embedded"
+    catalog: Path | None = Field(
+        None, description="a TOML file with families of your own, as docs/models.example.toml; MODEL names one"
+    )
+    model: str | None = Field(
+        None,
+        validate_default=True,
+        description="the model family, sdxl, embedded or one of the catalog's; by default sdxl if CUDA and its weights "
+        "are there, else embedded",
     )
     model_dir: Path | None = Field(None, description="a local directory with the family's files, instead of the hub")
     device: Literal["cpu", "cuda"] | None = Field(None, description="by default cuda if there is one, else cpu")
@@ -73,13 +81,31 @@ class EngineSettings(BaseSettings):
             EnvSettingsSource(settings_cls, env_ignore_empty=True),
         )
 
-    @field_validator("model_dir")
+    @field_validator("model")
+    @classmethod
+    def _is_in_a_catalog(cls, value: str | None, info: ValidationInfo) -> str | None:
+        catalogs = _texts(info.data.get("catalog"))
+        known = families(catalogs)
+        if value not in (known if catalogs else [None, *known]):
+            raise ValueError(f"it must be one of {', '.join(known)}")
+        return value
+
+    @field_validator("model_dir", "catalog")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
             return value and value.expanduser()
         except RuntimeError as error:  # no HOME, and a uid without a name; or no such user
             raise ValueError(f"~ stands for nothing here: {error}") from error
+
+    @cached_property
+    def _catalogs(self) -> dict[str, str]:
+        return _texts(self.catalog)
+
+    @property
+    def families(self) -> dict[str, Family]:
+        """All that could be served, by name. Raises models.catalog.BadCatalog."""
+        return families(self._catalogs)
 
     def engine_config(self) -> EngineConfig:
         """The part that the engine process is told."""
@@ -90,6 +116,7 @@ class EngineSettings(BaseSettings):
             log.warning("no home directory: compiled code is kept in %s, for this run only; set CACHE_DIR", cache)
         return EngineConfig(
             model=self.model,
+            catalogs=self._catalogs,
             directory=str(self.model_dir.resolve()) if self.model_dir else None,
             device=self.device,
             dtype=self.dtype,
@@ -102,6 +129,14 @@ class EngineSettings(BaseSettings):
             fp8=self.fp8,
             cache=str(cache),
         )
+
+
+def _texts(catalog: Path | None) -> dict[str, str]:
+    """A catalog's text by its path. Raises BadCatalog."""
+    try:
+        return {str(catalog.resolve()): catalog.read_text()} if catalog else {}
+    except (OSError, ValueError) as error:
+        raise BadCatalog(f"CATALOG={catalog}: {getattr(error, 'strerror', error)}") from error
 
 
 class Settings(EngineSettings):

@@ -91,8 +91,10 @@ class Pipeline:
         """Their latents after the last step, (B, 4, h, w) float32."""
         conditioning = [self.project(unet, row) for row in self.encode(prompts)]
         latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
+        added = [self.added_noise(seed, height, width, schedule) for seed in seeds]
         for step in range(len(schedule.timesteps)):
-            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning)
+            noise = [each[step] for each in added if each is not None]
+            latents = self.denoise(unet, [schedule] * len(seeds), latents, [step] * len(seeds), conditioning, noise)
         return latents
 
     @torch.inference_mode()
@@ -132,10 +134,20 @@ class Pipeline:
     def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
         """The starting latents of one picture, (4, h, w) float32: diffusers' own, from a CPU generator, so that a seed
         means the same picture on every device and in any batch."""
+        return self.device.put(self._draws(seed, height, width, 1)[0]) * schedule.start
+
+    def added_noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor | None:
+        """What is added behind each step, (N, 4, h, w) float32: the draws that follow noise()'s, as in diffusers; all
+        beforehand, so that a step that is made again adds the same. None where the sampler adds nothing."""
+        if schedule.added is None:
+            return None
+        drawn = self._draws(seed, height, width, 1 + len(schedule.added))[1:]
+        return self.device.put(drawn) * schedule.added.view(-1, 1, 1, 1)
+
+    def _draws(self, seed: int, height: int, width: int, count: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
-        return self.device.put(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+        return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for _ in range(count)])
 
     @torch.inference_mode()
     def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
@@ -148,23 +160,26 @@ class Pipeline:
     def denoise(
         self,
         unet: UNetFunction,
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         latents: Tensor,
         steps: Sequence[int],
         conditioning: Sequence[Conditioning],
+        noise: Sequence[Tensor] = (),
     ) -> Tensor:
         """One step of every row, wherever each row stands. Waits for nothing on the host.
 
-        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule.
-        conditioning: B rows, all as encode() gave them or all as project() did.
+        latents: (B, 4, h, w) float32. schedules, steps: B, each row's schedule and its index into that.
+        conditioning: B rows, all as encode() gave them or all as project() did. noise: B of (4, h, w) float32, each
+        row's added_noise() of this step; () for a sampler that adds none.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
-        table = schedule.table[self.device.put(torch.tensor(steps))]
+        table = torch.stack([schedule.table[step] for schedule, step in zip(schedules, steps, strict=True)])
         embeds = torch.stack([row.prompt_embeds for row in conditioning])
         pooled = torch.stack([row.pooled for row in conditioning])
         time_ids = self._time_ids(height, width).repeat(len(conditioning), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
-        return run(latents, table, embeds, pooled, time_ids)
+        moved = run(latents, table, embeds, pooled, time_ids)
+        return moved + torch.stack(tuple(noise)) if noise else moved
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

@@ -9,15 +9,22 @@ from starlette.types import Scope
 from app.engine.fleet import Fleet
 from app.metrics import Metrics
 from app.settings import Settings
+from models.catalog import Family
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What one server is made of."""
+    """What one server is made of. families: all that it could serve."""
 
     fleet: Fleet
     settings: Settings
     metrics: Metrics
+    families: dict[str, Family]
+
+    @property
+    def family(self) -> Family:
+        """What it serves. Raises Problem while it does not."""
+        return self.families[self.fleet.require_ready().family]
 
 
 def install(app: FastAPI, parts: Parts) -> None:

@@ -17,7 +17,7 @@ from app.engine.messages import Done
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
 from app.order import Limits, Order, resolve
-from models.catalog import CATALOG
+from models.catalog import Variant
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
 INLINE_PIXELS = 256 * 256
@@ -44,10 +44,11 @@ class Drawn:
 
 async def draw(order: Order, output_format: str, quality: int, request: Request, parts: Parts) -> Drawn:
     """Draw an order and make its files. Raises Problem; when the client leaves first, its jobs leave the engine."""
-    start = time.monotonic()
+    start, variants = time.monotonic(), parts.family.variants
     jobs, done = await _unless_the_client_leaves(request, _drawn(order, request, parts))
     encoding = time.monotonic()
-    files = [await _file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
+    variant = variants[jobs[0].weights.variant]
+    files = [await _file(variant, job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
     pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
@@ -57,9 +58,9 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
 async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
     """What becomes of an order: Accepted, Stepped where that is wanted, and Done for each picture. Raises Problem.
     Close this iterator to take the jobs out of the engine."""
-    family, settings = CATALOG[parts.fleet.require_ready().family], parts.settings
+    settings = parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
-    jobs = resolve(order, family, limits, time.monotonic())
+    jobs = resolve(order, parts.family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
     async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
         async for event in events:
@@ -101,11 +102,11 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def _file(job: Job, done: Done, output_format: str, quality: int) -> bytes:
+async def _file(variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
     parameters = {
         "Steps": job.steps,
-        "Sampler": "Euler",
-        "Schedule type": "SGM Uniform",  # what other tools call trailing timesteps
+        "Sampler": images.SAMPLERS[variant.sampler],
+        "Schedule type": images.SCHEDULES[variant.sigmas or variant.spacing],
         "CFG scale": 0,
         "Seed": job.seed,
         "Size": f"{done.width}x{done.height}",

@@ -8,7 +8,6 @@ from pydantic_core import PydanticCustomError
 from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-STEPS = (1, 2, 4, 8)
 
 
 class GenerateRequest(BaseModel):
@@ -26,8 +25,8 @@ class GenerateRequest(BaseModel):
         None,
         ge=1,
         validation_alias=AliasChoices("steps", "num_inference_steps"),
-        description="1, 2, 4 or 8 (4 if absent); alone, it means the UNet variant",
-        json_schema_extra={"enum": [1, 2, 4, 8, None]},
+        description="as GET /v1/models lists them: 1, 2, 4 or 8 for SDXL-Lightning; alone, it means the first variant "
+        "that declares them; absent, the variant's first, or the model's default",
     )
     variant: StrictStr | None = Field(
         None,
@@ -68,8 +67,6 @@ class GenerateRequest(BaseModel):
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
             raise _refusal("prompt", "must have a character that can be seen")
-        if self.steps is not None and self.steps not in STEPS:
-            raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
         if self.guidance_scale:
             raise _refusal("guidance_scale", "must be 0 or absent: SDXL-Lightning is distilled to run without guidance")
         if self.negative_prompt:
@@ -113,13 +110,18 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it. reason: why it failed, where it did."""
+    """A variant in OpenAI's list format, with ours beside it. steps: what may be asked for, first what is drawn where
+    nothing is. guidance: default, minimum and maximum, null where it has none. sizes: default, minimum, maximum and
+    multiple of both sides, pixels. reason: why it failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: int
+    steps: list[int]
+    sampler: str
+    guidance: dict[str, float] | None
+    sizes: dict[str, int]
     state: str
     resident_bytes: int
     reason: str | None = None

@@ -6,7 +6,7 @@ from torch import Tensor
 from app.engine.calls import Running
 from models.modules import UNetFunction
 from models.pipeline import Conditioning, Pipeline
-from models.schedule import Schedule
+from models.registry import Registry
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
@@ -14,15 +14,18 @@ def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
     return pipeline.encode([row.job.prompt for row in rows], [row.job.owner for row in rows])
 
 
-def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:
+def denoise(pipeline: Pipeline, registry: Registry, unet: UNetFunction, rows: list[Running]) -> Tensor:
     """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first."""
-    for row in rows:
+    schedules = [registry.schedule(row.job.weights.variant, row.job.steps) for row in rows]
+    for row, schedule in zip(rows, schedules, strict=True):
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
-            row.latents = pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
+            drawn = (row.job.seed, row.job.height, row.job.width, schedule)
+            row.latents, row.noise = pipeline.noise(*drawn), pipeline.added_noise(*drawn)
     latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
-    stepped = pipeline.denoise(unet, schedule, latents, [row.step for row in rows], conditioning)
+    noise = [row.noise[row.step] for row in rows if row.noise is not None]
+    stepped = pipeline.denoise(unet, schedules, latents, [row.step for row in rows], conditioning, noise)
     pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
     return stepped
 
