@@ -97,6 +97,13 @@ class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return f"{side} must be {self.default}, the only size this model draws, not {pixels}"
         return f"{side} must be from {self.minimum} to {self.maximum} in steps of {self.multiple}, not {pixels}"
 
+    def nearest(self, width: int, height: int) -> tuple[int, int]:
+        """The sides that can be drawn and come nearest: of the same shape, as far as the limits allow."""
+        scale = min(max(1.0, self.minimum / min(width, height)), self.maximum / max(width, height))
+        rounded = (round(side * scale / self.multiple) * self.multiple for side in (width, height))
+        width, height = (min(max(side, self.minimum), self.maximum) for side in rounded)
+        return width, height
+
 
 class Repository(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A repository of the Hugging Face hub at a revision."""
@@ -141,6 +148,12 @@ class Family:
     def is_small(self) -> bool:
         """Whether it has the embedded model's size, of which all variants fit into memory."""
         return "embedded" in (self.name, self.like and self.like.name)
+
+    def choose(self, name: str | None, steps: int | None) -> Variant | None:
+        """The first variant of this name, if one is said, that draws in so many steps; the default where neither is."""
+        name = self.default if name is None and steps is None else name
+        named = [each for each in self.variants.values() if name in (None, each.name)]
+        return next((each for each in named if steps is None or steps in each.steps), None)
 
     def asks_hub(self, directory: object) -> bool:
         """Whether any of it may have to come from a repository. directory: where ours have their files, if anywhere."""

@@ -16,7 +16,7 @@ from app.engine.jobs import Job
 from app.engine.messages import Done
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
-from app.order import Limits, Order, resolve
+from app.order import PROMPT_LIMIT, Limits, Order, resolve
 from models.catalog import Variant
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
@@ -30,15 +30,18 @@ class Picture:
     """One picture file and what drew it."""
 
     file: bytes
+    variant: Variant
     job: Job
     done: Done
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An order's pictures. timings_ms: by stage, the slowest picture's in the engine, then all to files, then all."""
+    """An order's pictures. prompt_truncated: its end was not read. timings_ms: by stage, the slowest picture's in the
+    engine, then all to files, then all."""
 
     pictures: list[Picture]
+    prompt_truncated: bool
     timings_ms: dict[str, float]
 
 
@@ -48,11 +51,12 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
     jobs, done = await _unless_the_client_leaves(request, _drawn(order, request, parts))
     encoding = time.monotonic()
     variant = variants[jobs[0].weights.variant]
-    files = [await _file(variant, job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
+    files = [await make_file(variant, *each, output_format, quality) for each in zip(jobs, done, strict=True)]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
-    pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
-    return Drawn(pictures, _timings(done, end - encoding, end - start))
+    pictures = [Picture(file, variant, job, each) for file, job, each in zip(files, jobs, done, strict=True)]
+    is_cut = done[0].truncated or len(order.prompt) > PROMPT_LIMIT
+    return Drawn(pictures, is_cut, _timings(done, end - encoding, end - start))
 
 
 async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
@@ -102,17 +106,22 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def _file(variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
-    parameters = {
+def parameters(variant: Variant, job: Job, done: Done) -> dict[str, Any]:
+    """What drew a picture, in the words of other tools."""
+    return {
         "Steps": job.steps,
         "Sampler": images.SAMPLERS[variant.sampler],
         "Schedule type": images.SCHEDULES[variant.sigmas or variant.spacing],
-        "CFG scale": 0,
+        "CFG scale": job.guidance if job.guidance > 1 else 0,
         "Seed": job.seed,
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.weights.variant}",
     }
-    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters)
+
+
+async def make_file(variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
+    """A picture file of what was drawn."""
+    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters(variant, job, done))
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
         return images.encode(*arguments)
     return await run_in_threadpool(images.encode, *arguments)

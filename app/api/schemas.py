@@ -25,8 +25,8 @@ class GenerateRequest(BaseModel):
         None,
         ge=1,
         validation_alias=AliasChoices("steps", "num_inference_steps"),
-        description="as GET /v1/models lists them: 1, 2, 4 or 8 for SDXL-Lightning; alone, it means the first variant "
-        "that declares them; absent, the variant's first, or the model's default",
+        description="1, 2, 4 or 8 (4 if absent); alone, it means the UNet variant",
+        json_schema_extra={"enum": [1, 2, 4, 8, None]},
     )
     variant: StrictStr | None = Field(
         None,
@@ -41,9 +41,11 @@ class GenerateRequest(BaseModel):
     size: StrictStr | None = Field(
         None, pattern=r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$", description="WIDTHxHEIGHT, instead of both"
     )
-    guidance_scale: StrictFloat | None = Field(None, description="0 or absent: Lightning has no guidance")
+    guidance_scale: StrictFloat | None = Field(
+        None, ge=0, description="within the variant's range, see GET /v1/models; 0 and 1 mean without"
+    )
     negative_prompt: StrictStr | None = Field(
-        None, max_length=2000, description="empty or absent: Lightning has no guidance"
+        None, max_length=PROMPT_LIMIT, description="what to move away from, where guidance_scale is above 1"
     )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
@@ -67,16 +69,8 @@ class GenerateRequest(BaseModel):
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
             raise _refusal("prompt", "must have a character that can be seen")
-        if self.guidance_scale:
-            raise _refusal("guidance_scale", "must be 0 or absent: SDXL-Lightning is distilled to run without guidance")
-        if self.negative_prompt:
-            raise _refusal(
-                "negative_prompt", "must be empty or absent: it acts through guidance, which Lightning has none of"
-            )
         if self.size and (self.width or self.height):
             raise _refusal("size", "cannot be given together with width or height")
-        if self.seed is not None and self.seed + self.n > SEED_LIMIT:
-            raise _refusal("seed", f"must be at most {SEED_LIMIT - self.n} for n = {self.n}, as picture k has seed + k")
         return self
 
 
@@ -103,6 +97,7 @@ class GenerateResponse(BaseModel):
     variant: str
     width: int
     height: int
+    prompt_tokens: int
     prompt_truncated: bool
     images: list[Image]
     timings_ms: dict[str, float]
@@ -111,15 +106,15 @@ class GenerateResponse(BaseModel):
 
 class ModelCard(BaseModel):
     """A variant in OpenAI's list format, with ours beside it. steps: what may be asked for, first what is drawn where
-    nothing is. guidance: default, minimum and maximum, null where it has none. sizes: default, minimum, maximum and
-    multiple of both sides, pixels. reason: why it failed, where it did."""
+    nothing is; None, as sampler, for the model as a whole. guidance: default, minimum and maximum; None for none.
+    sizes: of both sides, pixels: default, minimum, maximum and multiple. reason: why it failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: list[int]
-    sampler: str
+    steps: list[int] | None
+    sampler: str | None
     guidance: dict[str, float] | None
     sizes: dict[str, int]
     state: str
@@ -161,3 +156,18 @@ class ProblemBody(BaseModel):
     code: str
     field: str | None = None
     request_id: str | None = None
+
+
+class OpenAIFault(BaseModel):
+    """What OpenAI's SDKs read of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(BaseModel):
+    """An error in OpenAI's shape."""
+
+    error: OpenAIFault

@@ -71,7 +71,7 @@ def test_rows_of_different_step_counts_share_every_call_and_have_diffusers_laten
     schedules = [registry.schedule(name, steps) for _, _, steps in asked]
     rows = [pipeline.noise(seed, 128, 128, schedules[k]) for k, (_, seed, _) in enumerate(asked)]
     added = [pipeline.added_noise(seed, 128, 128, schedules[k]) for k, (_, seed, _) in enumerate(asked)]
-    conditioning = pipeline.encode([prompt for prompt, _, _ in asked])
+    conditioning = pipeline.prompts.encode([prompt for prompt, _, _ in asked])
     for call in range(max(counts) + len(asked)):
         at = [(k, call - k) for k, (_, _, steps) in enumerate(asked) if 0 <= call - k < steps]
         if not at:
@@ -114,3 +114,17 @@ def test_no_field_of_a_directorys_scheduler_changes_the_sigmas(embedded_copy):
     for name, variant in FAMILY.variants.items():
         for steps in variant.steps:
             assert torch.equal(changed.schedule(name, steps).table, make_schedule(variant, steps).table)
+
+
+def test_what_an_ancestral_sampler_adds_is_added_to_guided_rows_once(pipeline, registry):
+    registry.load(Weights("ancestral"))
+    parts = registry.use(Weights("ancestral")), registry.schedule("ancestral", 6)
+    ours = pipeline.sample(*parts, [PROMPTS[0]], [7], 128, 128, None, 2.0)[0]
+    drawn = oracle("ancestral")(
+        PROMPTS[0],
+        num_inference_steps=6,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    )
+    torch.testing.assert_close(ours, drawn.images[0], rtol=0, atol=1e-4)
