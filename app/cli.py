@@ -15,7 +15,7 @@ from app import logs
 from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
 from app.settings import PREFIX, EngineSettings, Settings, Variables
-from models.catalog import CATALOG
+from models.catalog import BadCatalog
 
 
 class Serve(Settings):
@@ -86,7 +86,7 @@ class Models(EngineSettings):
         """Do it; exits with 1 if anything is missing or wrong."""
         from app.offline import list_variants, weight_files
 
-        family = CATALOG[self.model or "embedded"]
+        family = self.families[self.model or "embedded"]
         names = self.names or list(family.variants)
         if unknown := [name for name in names if name not in family.variants]:
             sys.exit(f"no such variant: {', '.join(unknown)}; there are {', '.join(family.variants)}")
@@ -140,6 +140,8 @@ def main() -> None:
     except ValidationError as error:
         print(*map(_sentence, error.errors()), sep="\n", file=sys.stderr)
         sys.exit(2)
+    except BadCatalog as error:
+        sys.exit(str(error))
     except SettingsError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -44,7 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # a redirected POST would lose the proxy's path, and its body with some clients
         generate_unique_id_function=_plain_name,
     )
-    parts = Parts(fleet, settings, metrics)
+    parts = Parts(fleet, settings, metrics, settings.families)
     open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
     drawing = (generate.router, openai.router, models.router, a1111.router, huggingface.router)
     _furnish(app, parts, [*drawing, *open_to_all])

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from app import errors
 from app.engine.jobs import Job, new_id
 from app.errors import Problem
-from models.catalog import Family, Guidance, Variant, Weights
+from models.catalog import Family, Guidance, Variant, Weights, one_of
 
-DEFAULT_STEPS = 4
 SEED_LIMIT = 2**32
 PROMPT_LIMIT = 2000  # characters; the text encoders take fewer
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
@@ -66,7 +65,7 @@ class Limits:
 def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Job]:
     """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock.
     Raises Problem for what the family does not draw or the server does not allow."""
-    variant = _variant(order, family)
+    variant, steps = _variant(order, family)
     width, height = order.width or family.size.default, order.height or family.size.default
     if order.fit:
         width, height = family.size.nearest(width, height)
@@ -89,23 +88,19 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
     away = order.negative_prompt and order.negative_prompt[:PROMPT_LIMIT]
     prompt, drawn = order.prompt[:PROMPT_LIMIT], (height, width, deadline, order.owner, away, guidance, order.previews)
-    return [Job(new_id(), prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
+    return [Job(new_id(), prompt, weights, steps, seed + k, *drawn) for k in range(order.n)]
 
 
-def _variant(order: Order, family: Family) -> Variant:
-    """The weights an order means: by name, or the UNet of its step count."""
-    name = order.variant or f"{order.steps or DEFAULT_STEPS}step-unet"
-    variant = family.variants.get(name)
-    if variant is None and order.variant is None:
-        counts = sorted({each.steps for each in family.variants.values()})
-        detail = f"there are weights for {', '.join(map(str, counts))} steps, not {order.steps}"
-        raise Problem(errors.INVALID, detail, "steps")
-    if variant is None:
+def _variant(order: Order, family: Family) -> tuple[Variant, int]:
+    """The weights and the steps that an order means."""
+    if (variant := family.choose(order.variant, order.steps)) is not None:
+        return variant, order.steps or variant.steps[0]
+    if order.variant is not None and order.variant not in family.variants:
         raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
-    if order.steps is not None and order.steps != variant.steps:
-        detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
-        raise Problem(errors.INVALID, detail, "steps")
-    return variant
+    named = [each for each in family.variants.values() if order.variant in (None, each.name)]
+    allowed = one_of({steps for each in named for steps in each.steps})
+    detail = f"{order.variant or 'this model'} draws in {allowed} steps, not {order.steps}"
+    raise Problem(errors.INVALID, detail, "steps")
 
 
 def _guidance(order: Order, variant: Variant) -> float:

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from app import keys
 from app.engine.messages import EngineConfig
+from models.catalog import BadCatalog, Family, families
 
 GIB = 2**30
 ANY_STEPS = "sdxl-lightning"  # the name of the model as a whole: which variant draws, follows from the steps
@@ -49,8 +50,14 @@ class Variables(BaseSettings):
 class EngineSettings(Variables):
     """What a run of the model needs, with or without a server."""
 
-    model: Literal["embedded", "sdxl"] | None = Field(
-        None, description="the model family; by default sdxl if CUDA and its weights are there, else embedded"
+    catalog: Path | None = Field(
+        None, description="a TOML file with families of your own, as docs/models.example.toml; MODEL names one"
+    )
+    model: str | None = Field(
+        None,
+        validate_default=True,
+        description="the model family, sdxl, embedded or one of the catalog's; by default sdxl if CUDA and its weights "
+        "are there, else embedded",
     )
     model_dir: Path | None = Field(None, description="a local directory with the family's files, instead of the hub")
     device: Literal["cpu", "cuda"] | None = Field(None, description="by default cuda if there is one, else cpu")
@@ -92,13 +99,31 @@ class EngineSettings(Variables):
             raise ValueError("must name a directory")
         return value
 
-    @field_validator("model_dir")
+    @field_validator("model")
+    @classmethod
+    def _is_in_a_catalog(cls, value: str | None, info: ValidationInfo) -> str | None:
+        catalogs = _texts(info.data.get("catalog"))
+        known = families(catalogs)
+        if value not in (known if catalogs else [None, *known]):
+            raise ValueError(f"it must be one of {', '.join(known)}")
+        return value
+
+    @field_validator("model_dir", "catalog")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
             return value and value.expanduser()
         except RuntimeError as error:  # no HOME, and a uid without a name; or no such user
             raise ValueError(f"~ stands for nothing here: {error}") from error
+
+    @cached_property
+    def _catalogs(self) -> dict[str, str]:
+        return _texts(self.catalog)
+
+    @property
+    def families(self) -> dict[str, Family]:
+        """All that could be served, by name. Raises models.catalog.BadCatalog."""
+        return families(self._catalogs)
 
     def engine_config(self) -> EngineConfig:
         """The part that the engine process is told."""
@@ -109,6 +134,7 @@ class EngineSettings(Variables):
             log.warning("no home directory: compiled code is kept in %s, for this run only; set CACHE_DIR", cache)
         return EngineConfig(
             model=self.model,
+            catalogs=self._catalogs,
             directory=str(self.model_dir.resolve()) if self.model_dir else None,
             device=self.device,
             dtype=self.dtype,
@@ -121,6 +147,14 @@ class EngineSettings(Variables):
             fp8=self.fp8,
             cache=str(cache),
         )
+
+
+def _texts(catalog: Path | None) -> dict[str, str]:
+    """A catalog's text by its path. Raises BadCatalog."""
+    try:
+        return {str(catalog.resolve()): catalog.read_text()} if catalog else {}
+    except (OSError, ValueError) as error:
+        raise BadCatalog(f"CATALOG={catalog}: {getattr(error, 'strerror', error)}") from error
 
 
 class Settings(EngineSettings):

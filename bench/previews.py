@@ -44,13 +44,13 @@ def _seen(model: Model, prompts: list[str], variant: str) -> tuple[Tensor, Tenso
     (N, h, w, 3), and which step it is (N,), from 1."""
     pipeline, registry = model.pipeline, model.registry
     registry.load(Weights(variant))
-    unet, schedule = registry.use(Weights(variant)), registry.schedule(variant, model.family.variants[variant].steps)
+    unet, schedule = registry.use(Weights(variant)), registry.schedule(variant, model.family.variants[variant].steps[0])
     side, latents, pictures, numbers = model.family.size.default, list[Tensor](), list[Tensor](), list[int]()
     for number, prompt in enumerate(prompts):
         rows = [pipeline.project(unet, row) for row in pipeline.prompts.encode([prompt] * EACH)]
         before = torch.stack([pipeline.noise(EACH * number + k, side, side, schedule) for k in range(EACH)])
         for step in range(len(schedule.timesteps) - 1):
-            after = pipeline.denoise(unet, schedule, before, [step] * EACH, rows)
+            after = pipeline.denoise(unet, [schedule] * EACH, before, [step] * EACH, rows)
             sigma, sigma_next = schedule.sigmas[step : step + 2].unsqueeze(1)
             clean = clean_latents(before, after, sigma, sigma_next)
             pixels = pipeline.decode(list(clean))[0].float()
@@ -79,10 +79,10 @@ def _cost(model: Model) -> dict[str, float]:
     times: dict[str, list[float]] = {"step": [], "preview": []}
     for _ in range(REPEATS):
         start = time.perf_counter()
-        after = pipeline.denoise(unet, schedule, before, [0], rows)
+        after = pipeline.denoise(unet, [schedule], before, [0], rows)
         pipeline.device.wait()
         stepped = time.perf_counter()
-        pipeline.preview(schedule, before, after, [0])
+        pipeline.preview([schedule], before, after, [0])
         times["step"].append(stepped - start)
         times["preview"].append(time.perf_counter() - stepped)
     return {name: round(statistics.median(each) * 1000, 3) for name, each in times.items()}

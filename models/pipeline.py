@@ -82,17 +82,29 @@ class Pipeline:
             found = [self.prompts.guide(row, away, guidance) for row in found]
         conditioning = [self.project(unet, row) for row in found]
         latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
+        added = [self.added_noise(seed, height, width, schedule) for seed in seeds]
         for step in range(len(schedule.timesteps)):
-            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning)
+            noise = [each[step] for each in added if each is not None]
+            latents = self.denoise(unet, [schedule] * len(seeds), latents, [step] * len(seeds), conditioning, noise)
         return latents
 
     def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
         """The starting latents of one picture, (4, h, w) float32: diffusers' own, from a CPU generator, so that a seed
         means the same picture on every device and in any batch."""
+        return self.device.put(self._draws(seed, height, width, 1)[0]) * schedule.start
+
+    def added_noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor | None:
+        """What is added behind each step, (N, 4, h, w) float32: the draws that follow noise()'s, as in diffusers; all
+        beforehand, so that a step that is made again adds the same. None where the sampler adds nothing."""
+        if schedule.added is None:
+            return None
+        drawn = self._draws(seed, height, width, 1 + len(schedule.added))[1:]
+        return self.device.put(drawn) * schedule.added.view(-1, 1, 1, 1)
+
+    def _draws(self, seed: int, height: int, width: int, count: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
-        return self.device.put(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+        return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for _ in range(count)])
 
     @torch.inference_mode()
     def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
@@ -108,41 +120,44 @@ class Pipeline:
     def denoise(
         self,
         unet: UNetFunction,
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         latents: Tensor,
         steps: Sequence[int],
         conditioning: Sequence[Conditioning],
+        noise: Sequence[Tensor] = (),
     ) -> Tensor:
         """One step of every row, wherever each row stands. Waits for nothing on the host. A guided row is two of the
         UNet's.
 
-        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule.
-        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length.
+        latents: (B, 4, h, w) float32. schedules, steps: B, each row's schedule and its index into that.
+        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length. noise: B, each
+        row's added_noise() of this step, (4, h, w) float32; () where the sampler adds nothing.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
         guided = [index for index, row in enumerate(conditioning) if row.away is not None]
         rows = [*conditioning, *(row.away for row in conditioning if row.away is not None)]
         both = torch.cat([latents, latents[guided]]) if guided else latents
-        table = schedule.table[self.device.put(torch.tensor([*steps, *(steps[index] for index in guided)]))]
+        table = torch.stack([schedules[index].table[steps[index]] for index in (*range(len(steps)), *guided)])
         embeds = torch.stack([row.prompt_embeds for row in rows])
         pooled = torch.stack([row.pooled for row in rows])
         time_ids = self._time_ids(height, width).repeat(len(rows), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
         moved = run(both, table, embeds, pooled, time_ids)
-        if not guided:
-            return moved
-        # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row of
-        # the UNet's depends on another, and graphs may split them as they like.
         towards, away = moved[: len(latents)], moved[len(latents) :]
-        scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
-        towards[guided] = away + scale * (towards[guided] - away)
-        return towards
+        if guided:
+            # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row
+            # of the UNet's depends on another, and graphs may split them as they like.
+            scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
+            towards[guided] = away + scale * (towards[guided] - away)
+        return towards + torch.stack(tuple(noise)) if noise else towards
 
     @torch.inference_mode()
-    def preview(self, schedule: Schedule, before: Tensor, after: Tensor, steps: Sequence[int]) -> Tensor:
+    def preview(self, schedules: Sequence[Schedule], before: Tensor, after: Tensor, steps: Sequence[int]) -> Tensor:
         """What a step of denoise() takes for the finished pictures, (B, h, w, 3) uint8 on the host; waits for it.
-        before, after: (B, 4, h, w) float32, the latents around the step. steps: B, as denoise() took them."""
-        sigma, sigma_next = schedule.table[self.device.put(torch.tensor(steps))].unbind(1)[1:3]
+        before, after: (B, 4, h, w) float32, the latents around the step, without what a
+        sampler adds. schedules, steps: B, as denoise() took them."""
+        rows = [schedule.table[step] for schedule, step in zip(schedules, steps, strict=True)]
+        sigma, sigma_next = torch.stack(rows).unbind(1)[1:3]
         return to_rgb(clean_latents(before, after, sigma, sigma_next), self._colours).cpu()
 
     def _time_ids(self, height: int, width: int) -> Tensor:

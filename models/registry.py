@@ -46,7 +46,8 @@ class Registry:
         self._reader = WeightSets(store, dtype, self.unet.unet.state_dict())
         self._schedules: dict[tuple[str, int], Schedule] = {}
         for variant in store.family.variants.values():
-            self.schedule(variant.name, variant.steps)
+            for steps in variant.steps:
+                self.schedule(variant.name, steps)
         self.active: Weights | None = None
         self.switches = 0
         self.bind: Callable[[WeightSet], UNetFunction] | None = None
@@ -64,7 +65,7 @@ class Registry:
 
     def schedule(self, variant: str, steps: int) -> Schedule:
         """The table of a variant at a step count, on the device; made once. Raises ValueError for steps that the
-        variant was not made for."""
+        variant does not declare."""
         if (variant, steps) not in self._schedules:
             made = make_schedule(self.store.family.variants[variant], steps)
             self._schedules[variant, steps] = made.to(self.device.name)

@@ -11,7 +11,6 @@ from app.errors import Problem
 from app.http.limits import DrawingRoute
 from app.order import SEED_LIMIT, is_blank
 from app.settings import ANY_STEPS
-from models.catalog import CATALOG
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI has it; what is not read is cut
 MOST_PICTURES = 10  # of one request, as OpenAI has it
@@ -55,7 +54,7 @@ def variant_of(model: str | None, parts: Parts) -> str | None:
     name = parts.settings.aliases.get(model or ANY_STEPS, model or ANY_STEPS)
     if name == ANY_STEPS:
         return None
-    known = CATALOG[parts.fleet.require_ready().family].variants
+    known = parts.family.variants
     if name not in known:
         detail = f"there is no model of this name; there are {', '.join((ANY_STEPS, *known))}"
         raise Problem(errors.UNKNOWN_MODEL, detail, "model")

@@ -21,7 +21,7 @@ from app.engine.queue import Accepted, Event
 from app.errors import Problem
 from app.order import PROMPT_LIMIT, Limits, Order, resolve
 from app.traces import Trace
-from models.catalog import CATALOG
+from models.catalog import Variant
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
 INLINE_PIXELS = 256 * 256
@@ -35,6 +35,7 @@ class Picture:
     """One picture file and what drew it."""
 
     file: bytes
+    variant: Variant
     job: Job
     done: Done
 
@@ -68,14 +69,15 @@ async def finish(
 ) -> Drawn:
     """Files of an order's pictures. start: when it came, on the monotonic clock."""
     encoding = time.monotonic()
-    files = [await make_file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
+    variant = parts.family.variants[jobs[0].weights.variant]
+    files = [await make_file(variant, *each, output_format, quality) for each in zip(jobs, done, strict=True)]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
     trace: Trace | None = getattr(request.state, "trace", None)
     if trace is not None:
         trace.pictures(done)
         trace.add("file", encoding, end - encoding)
-    pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
+    pictures = [Picture(file, variant, job, each) for file, job, each in zip(files, jobs, done, strict=True)]
     is_cut = done[0].truncated or len(order.prompt) > PROMPT_LIMIT
     return Drawn(pictures, is_cut, _timings(done, end - encoding, end - start))
 
@@ -83,9 +85,9 @@ async def finish(
 async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
     """What becomes of an order: Accepted; Waiting and Stepped where that is wanted; Preview where the order wants it;
     and Done for each picture. Raises Problem. Close this iterator to take the jobs out of the engine."""
-    family, settings = CATALOG[parts.fleet.require_ready().family], parts.settings
+    settings = parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
-    jobs = resolve(order, family, limits, time.monotonic())
+    jobs = resolve(order, parts.family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
     trace: Trace | None = getattr(request.state, "trace", None)
     if trace is not None:
@@ -145,12 +147,12 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-def parameters(job: Job, done: Done) -> dict[str, Any]:
+def parameters(variant: Variant, job: Job, done: Done) -> dict[str, Any]:
     """What drew a picture, in the words of other tools."""
     return {
         "Steps": job.steps,
-        "Sampler": "Euler",
-        "Schedule type": "SGM Uniform",  # what other tools call trailing timesteps
+        "Sampler": images.SAMPLERS[variant.sampler],
+        "Schedule type": images.SCHEDULES[variant.sigmas or variant.spacing],
         "CFG scale": job.guidance if job.guidance > 1 else 0,
         "Seed": job.seed,
         "Size": f"{done.width}x{done.height}",
@@ -158,9 +160,9 @@ def parameters(job: Job, done: Done) -> dict[str, Any]:
     }
 
 
-async def make_file(job: Job, done: Done, output_format: str, quality: int) -> bytes:
+async def make_file(variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
     """A picture file of what was drawn."""
-    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters(job, done))
+    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters(variant, job, done))
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
         return images.encode(*arguments)
     return await run_in_threadpool(images.encode, *arguments)

@@ -34,6 +34,7 @@ from app.engine.queue import Accepted
 from app.errors import Problem
 from app.images import MEDIA_TYPES
 from app.order import Order
+from models.catalog import Variant
 
 router = APIRouter(prefix="/v1/images", route_class=CompatRoute)
 
@@ -77,6 +78,9 @@ class ImagesRequest(Tolerant):
     def order(self, owner: str, parts: Parts) -> Order:
         """What is asked for. Raises Problem where there is no such model."""
         variant = variant_of(self.model, parts)
+        steps = self.num_inference_steps
+        if steps is None and variant is None and parts.family.choose(None, STEPS[self.quality]):
+            steps = STEPS[self.quality]  # else the family's default
         width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
         return Order(
             owner=owner,
@@ -84,7 +88,7 @@ class ImagesRequest(Tolerant):
             variant=variant,
             negative_prompt=self.negative_prompt or None,
             guidance=self.guidance_scale,
-            steps=self.num_inference_steps or (None if variant else STEPS[self.quality]),
+            steps=steps,
             seed=self.seed,
             n=self.n,
             width=width,
@@ -123,14 +127,15 @@ async def _streamed(body: ImagesRequest, order: Order, request: Request, parts: 
     events = watch(order, request, parts, wants_steps=False)
     accepted = await anext(events)
     assert isinstance(accepted, Accepted)
-    jobs = {job.id: job for job in accepted.jobs}
+    jobs, variants = {job.id: job for job in accepted.jobs}, parts.family.variants
+    variant = variants[accepted.jobs[0].weights.variant]
 
     async def stream() -> AsyncIterator[bytes]:
         try:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Done):
-                        yield await _completed(body, jobs[event.id], event)
+                        yield await _completed(body, variant, jobs[event.id], event)
         except Problem as problem:
             request.state.problem = problem
             yield _event("error", openai_error(problem))
@@ -141,8 +146,8 @@ async def _streamed(body: ImagesRequest, order: Order, request: Request, parts: 
     return EventSourceResponse(stream())
 
 
-async def _completed(body: ImagesRequest, job: Job, done: Done) -> bytes:
-    file = await make_file(job, done, body.output_format, body.output_compression or 1)
+async def _completed(body: ImagesRequest, variant: Variant, job: Job, done: Done) -> bytes:
+    file = await make_file(variant, job, done, body.output_format, body.output_compression or 1)
     (picture,) = await _pictures(body, [file])
     about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed}
     return _event("image_generation.completed", {"type": "image_generation.completed", **picture, **about})

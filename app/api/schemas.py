@@ -118,14 +118,18 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it. steps: None where they may be chosen. reason: why it
-    failed, where it did."""
+    """A variant in OpenAI's list format, with ours beside it. steps: what may be asked for, first what is drawn where
+    nothing is; None, as sampler, for the model as a whole. guidance: default, minimum and maximum; None for none.
+    sizes: of both sides, pixels: default, minimum, maximum and multiple. reason: why it failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: int | None
+    steps: list[int] | None
+    sampler: str | None
+    guidance: dict[str, float] | None
+    sizes: dict[str, int]
     state: str
     resident_bytes: int
     reason: str | None = None

@@ -17,7 +17,8 @@ from models.prompts import Conditioning
 
 @dataclass(eq=False)
 class Running:
-    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on.
+    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on. noise: what each step
+    adds, (steps, 4, h, w), where its sampler adds any.
     busy: a worker has it, and nothing else may be done with it until the call is done."""
 
     job: Job
@@ -25,6 +26,7 @@ class Running:
     step: int = 0
     busy: bool = False
     latents: Tensor | None = None
+    noise: Tensor | None = None
     conditioning: Conditioning | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     batches: list[int] = field(default_factory=list)

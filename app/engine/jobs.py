@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from models.catalog import Weights
+from models.catalog import Steps, Weights
 
 Id = Annotated[int, msgspec.Meta(ge=0)]
 Pixels = Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]
@@ -23,7 +23,7 @@ class Job(msgspec.Struct, frozen=True):
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
     weights: Weights
-    steps: Annotated[int, msgspec.Meta(ge=1, le=8)]
+    steps: Steps
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
     height: Pixels
     width: Pixels

@@ -133,12 +133,8 @@ class Loop:
 
     def report(self) -> Report:
         """The answer to a Ping."""
-        variants = self.registry.store.family.variants
         return Report(
-            [
-                VariantReport(row.name, variants[row.name].steps, row.state, row.resident_bytes, row.reason)
-                for row in self.registry.status()
-            ],
+            [VariantReport(row.name, row.state, row.resident_bytes, row.reason) for row in self.registry.status()],
             self.pipeline.device.memory_used(),
             self.registry.switches,
             self.compiled,
@@ -226,13 +222,11 @@ class Loop:
         return call
 
     def _start_step(self, rows: list[Running]) -> Call | None:
-        job = rows[0].job
         try:
-            unet = self.registry.use(job.weights)
+            unet = self.registry.use(rows[0].job.weights)
         except KeyError:
             return None  # evicted since the plan was made: the rows stay, and it is loaded again
-        schedule = self.registry.schedule(job.weights.variant, job.steps)
-        step = partial(work.denoise, self.pipeline, unet, schedule, self.send)
+        step = partial(work.denoise, self.pipeline, self.registry, unet, self.send)
         return self._start(Call("denoise", rows, step, self._stepped))
 
     def _settle(self, call: Call, result: Any, seconds: float) -> None:

@@ -9,9 +9,11 @@ from app.engine.jobs import Id, Job
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings."""
+    """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings.
+    catalogs: texts by path, as they were when the server was started, however often the engine is."""
 
     model: str | None
+    catalogs: dict[str, str]
     directory: str | None
     device: str | None
     dtype: str | None
@@ -46,7 +48,6 @@ class VariantReport(msgspec.Struct, frozen=True):
     """A variant as the registry sees it; state as in models.registry.VariantStatus."""
 
     name: str
-    steps: int
     state: str
     resident_bytes: int = 0
     reason: str | None = None

@@ -10,7 +10,7 @@ from app.engine.messages import Preview
 from models.modules import UNetFunction
 from models.pipeline import Pipeline
 from models.prompts import Conditioning
-from models.schedule import Schedule
+from models.registry import Registry
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
@@ -27,21 +27,25 @@ def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
 
 
 def denoise(
-    pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, show: Callable[[Preview], None], rows: list[Running]
+    pipeline: Pipeline, registry: Registry, unet: UNetFunction, show: Callable[[Preview], None], rows: list[Running]
 ) -> Tensor:
     """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first. show: takes
     a preview of each row that somebody looks at, unless this was its last step."""
-    for row in rows:
+    schedules = [registry.schedule(row.job.weights.variant, row.job.steps) for row in rows]
+    for row, schedule in zip(rows, schedules, strict=True):
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
-            row.latents = pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
+            drawn = (row.job.seed, row.job.height, row.job.width, schedule)
+            row.latents, row.noise = pipeline.noise(*drawn), pipeline.added_noise(*drawn)
     latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
-    stepped = pipeline.denoise(unet, schedule, latents, [row.step for row in rows], conditioning)
+    noise = [row.noise[row.step] for row in rows if row.noise is not None]
+    stepped = pipeline.denoise(unet, schedules, latents, [row.step for row in rows], conditioning, noise)
     seen = [k for k, row in enumerate(rows) if row.job.previews and row.step + 1 < row.job.steps]
     if seen:
-        pictures = pipeline.preview(schedule, latents[seen], stepped[seen], [rows[k].step for k in seen])
-        for k, pixels in zip(seen, pictures.numpy(), strict=True):
+        after = stepped - torch.stack(noise) if noise else stepped
+        towards = ([schedules[k] for k in seen], latents[seen], after[seen], [rows[k].step for k in seen])
+        for k, pixels in zip(seen, pipeline.preview(*towards).numpy(), strict=True):
             show(Preview(rows[k].job.id, rows[k].step + 1, pixels.shape[0], pixels.shape[1], pixels.tobytes()))
     pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
     return stepped

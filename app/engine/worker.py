@@ -15,6 +15,7 @@ import msgspec
 from app import logs
 from app.engine.messages import EngineConfig, Fatal, Ready
 from app.engine.wire import Wire
+from models.catalog import families
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that we get when our parent ends
 
@@ -30,7 +31,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     logs.set_up(config.log_level, libraries="warning")
     logs.take_prints()
-    if config.directory is not None or config.model == "embedded":
+    if not families(config.catalogs)[config.model or "sdxl"].asks_hub(config.directory):
         os.environ["HF_HUB_OFFLINE"] = "1"  # all is here: no library may ask a hub
     try:
         serve = _start(wire, config)

@@ -103,7 +103,7 @@ def test_models_are_listed_and_found_by_alias(client):
     names = [model.id for model in client.models.list()]
     assert names[0] == "sdxl-lightning"
     assert "4step-unet" in names
-    assert client.models.retrieve("4step-lora").steps == 4
+    assert client.models.retrieve("4step-lora").steps == [4]
     assert client.models.retrieve("dall-e-3").id == "sdxl-lightning"
 
 

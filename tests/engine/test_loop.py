@@ -27,7 +27,7 @@ LATER = time.monotonic() + 3600
 
 
 def job(id: int, prompt: str = "a red apple", variant: str = "2step-unet", deadline: float = LATER) -> Job:
-    return Job(id, prompt, Weights(variant), FAMILY.variants[variant].steps, id, 128, 128, deadline)
+    return Job(id, prompt, Weights(variant), FAMILY.variants[variant].steps[0], id, 128, 128, deadline)
 
 
 @pytest.fixture(scope="module")

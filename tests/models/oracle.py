@@ -34,7 +34,7 @@ def draw(name: str, prompt: str, seed: int, output_type: str = "latent") -> Tens
     """One picture's latents (4, 16, 16), or its pixels (128, 128, 3) in 0..1 for output_type "np"."""
     result = diffusers_pipeline(name)(
         prompt,
-        num_inference_steps=FAMILY.variants[name].steps,
+        num_inference_steps=FAMILY.variants[name].steps[0],
         guidance_scale=0,
         generator=torch.Generator("cpu").manual_seed(seed),
         output_type=output_type,

@@ -43,7 +43,7 @@ def draw(pipeline: Pipeline, registry: Registry, name: str, prompts: Sequence[st
 
 
 def parts(registry: Registry, name: str) -> tuple[UNetFunction, Schedule]:
-    return registry.use(Weights(name)), registry.schedule(name, oracle.FAMILY.variants[name].steps)
+    return registry.use(Weights(name)), registry.schedule(name, oracle.FAMILY.variants[name].steps[0])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -75,7 +75,7 @@ def test_rows_that_join_and_leave_at_different_steps_have_the_latents_of_each_al
         at = [(k, call - k) for k in range(len(rows)) if 0 <= call - k < steps]
         moved = pipeline.denoise(
             unet,
-            schedule,
+            [schedule] * len(at),
             torch.stack([rows[k] for k, _ in at]),
             [step for _, step in at],
             [conditioning[k] for k, _ in at],
