@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from app.engine.gpus import visible_gpus
 from app.engine.messages import EngineConfig
 
 GIB = 2**30
+ANY_STEPS = "sdxl-lightning"  # the name of the model as a whole: which variant draws, follows from the steps
 PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
 
 log = logging.getLogger("app.settings")
@@ -116,6 +118,16 @@ class Settings(EngineSettings):
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
     max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
+    size_policy: Literal["nearest", "strict"] = Field(
+        "nearest",
+        description="what the OpenAI, A1111 and Hugging Face routes do with a size that the model cannot draw: take "
+        "the nearest that it can, and say so, or refuse it, as /generate does",
+    )
+    model_aliases: str = Field(
+        "dall-e-2,dall-e-3,gpt-image-1,gpt-image-1.5,default",
+        description="model names that clients insist on, with commas between: each means sdxl-lightning, whose variant "
+        "follows from the steps; NAME=VARIANT binds it to one",
+    )
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
     devices: str | None = Field(
         None,
@@ -160,7 +172,7 @@ class Settings(EngineSettings):
 
     def engine_configs(self) -> list[EngineConfig]:
         """What each engine is told. The CPU's threads and the host's memory are divided."""
-        whole = msgspec.structs.replace(self.engine_config(), log_level=self.log_level)
+        whole = self.engine_config()
         if self.devices is None and self.engines is None:
             return [whole]
         gpus = self.devices.split(",") if self.devices else [None] * (self.engines or 1)
@@ -176,6 +188,16 @@ class Settings(EngineSettings):
             )
             for number, gpu in enumerate(gpus)
         ]
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """What each of the model_aliases means."""
+        pairs = (pair.partition("=") for pair in self.model_aliases.split(",") if pair.strip())
+        return {name.strip(): variant.strip() or ANY_STEPS for name, _, variant in pairs}
+
+    def engine_config(self) -> EngineConfig:
+        """With the log's level."""
+        return msgspec.structs.replace(super().engine_config(), log_level=self.log_level)
 
     @field_validator("max_timeout_s")
     @classmethod

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from app import images
 from app.api.accept import choose_format
-from app.api.deps import PartsDep
+from app.api.deps import PartsDep, owner_of
 from app.api.draw import Drawn, draw
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse, Image
@@ -24,7 +24,7 @@ REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures. The answer is JSON, or the bare picture where the Accept header asks for image/* (n = 1)."""
     bare = choose_format(", ".join(request.headers.getlist("accept")), body)
-    order = _order(body, request.client.host if request.client else "")
+    order = _order(body, owner_of(request))
     with named(width="size", height="size") if body.size else named():
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)
     return _picture(drawn, bare) if bare else _json(request, drawn)
@@ -36,6 +36,8 @@ def _order(body: GenerateRequest, owner: str) -> Order:
         owner=owner,
         prompt=body.prompt,
         variant=body.variant,
+        negative_prompt=body.negative_prompt,
+        guidance=body.guidance_scale,
         steps=body.steps,
         seed=body.seed,
         n=body.n,
@@ -50,6 +52,7 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
     headers = {
         "X-Seed": str(picture.job.seed),
         "X-Variant": picture.job.weights.variant,
+        "X-Prompt-Tokens": str(picture.done.tokens),
         "X-Prompt-Truncated": str(picture.done.truncated).lower(),
         "Server-Timing": ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in drawn.timings_ms.items()),
     }
@@ -64,7 +67,8 @@ def _json(request: Request, drawn: Drawn) -> Response:
         variant=first.job.weights.variant,
         width=first.done.width,
         height=first.done.height,
-        prompt_truncated=first.done.truncated,
+        prompt_tokens=first.done.tokens,
+        prompt_truncated=drawn.prompt_truncated,
         images=[Image(b64_json=base64.b64encode(each.file).decode(), seed=each.job.seed) for each in drawn.pictures],
         timings_ms=drawn.timings_ms,
         batch_sizes=first.done.batches,
