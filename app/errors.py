@@ -88,6 +88,10 @@ ENGINE_DIED = Cause(
     detail="the engine ended while it held this request",
     retry_after=5,
 )
+DEADLY = Cause(
+    *(500, "generation_failed", "failed", "No picture could be made", "ask for another picture"),
+    detail="two engines in a row ended while they drew this picture",
+)
 UNAVAILABLE = Cause(
     *(503, "unavailable", "failed", "The variant cannot be served now", "ask for another variant"),
     detail="this variant's weights could not be loaded; see GET /v1/models",

@@ -26,7 +26,7 @@ DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine process and stops it."""
     metrics = Metrics()
-    fleet = Fleet(settings.engine_config(), settings.queue_limit, metrics)
+    fleet = Fleet(settings.engine_configs(), settings.queue_limit, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

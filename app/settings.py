@@ -11,6 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app import keys
+from app.engine.cores import usable_cores
+from app.engine.gpus import visible_gpus
 from app.engine.messages import EngineConfig
 from models.catalog import BadCatalog, Family, families
 
@@ -196,6 +198,14 @@ class Settings(EngineSettings):
     send_timeout_s: float = Field(
         60.0, gt=0, le=3600, description="how long an answer may wait to be read by its client, seconds"
     )
+    devices: str | None = Field(
+        None,
+        description="GPUs with an engine each: numbers as nvidia-smi has them, or UUIDs (also MIG's), with commas "
+        "between; or all",
+    )
+    engines: int | None = Field(
+        None, ge=1, le=64, description="engines on a CPU, which share its threads; each holds the weights for itself"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
     @field_validator("log_level", mode="before")
@@ -214,6 +224,46 @@ class Settings(EngineSettings):
     @classmethod
     def _without_brackets(cls, value: str) -> str:
         return value.strip("[]")
+
+    @field_validator("devices")
+    @classmethod
+    def _each_once(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        if info.data.get("device") == "cpu":
+            raise ValueError("names GPUs, but DEVICE is cpu; leave one of them out")
+        gpus = visible_gpus() if value == "all" else [name.strip() for name in value.split(",")]
+        if not all(gpus) or len({*gpus}) < len(gpus):
+            raise ValueError("must name each GPU once, with commas between")
+        return ",".join(gpus)
+
+    @field_validator("engines")
+    @classmethod
+    def _on_a_cpu(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("devices") is not None:
+            raise ValueError("is for a CPU, while DEVICES has one engine per GPU; leave one of them out")
+        if value is not None and info.data.get("device") not in (None, "cpu"):
+            raise ValueError("is for a CPU, but DEVICE is cuda; name GPUs by DEVICES")
+        return value
+
+    def engine_configs(self) -> list[EngineConfig]:
+        """What each engine is told. The CPU's threads and the host's memory are divided."""
+        whole = self.engine_config()
+        if self.devices is None and self.engines is None:
+            return [whole]
+        gpus = self.devices.split(",") if self.devices else [None] * (self.engines or 1)
+        threads, count = self.threads or usable_cores(), len(gpus)
+        return [
+            msgspec.structs.replace(
+                whole,
+                device="cpu" if gpu is None else "cuda",
+                threads=max(1, threads // count + (number < threads % count)),
+                host_budget=whole.host_budget // count,
+                name=gpu or str(number),
+                gpu=gpu,
+            )
+            for number, gpu in enumerate(gpus)
+        ]
 
     @cached_property
     def aliases(self) -> dict[str, str]:

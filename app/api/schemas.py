@@ -149,7 +149,8 @@ class Live(BaseModel):
 
 
 class ReadyBody(BaseModel):
-    """The answer of /ready. resident: variants whose weights are in memory. compiled: all code is at its fastest."""
+    """The answer of /ready. resident: variants whose weights are in memory. compiled: all code is at its fastest.
+    engines: how many serve."""
 
     status: Literal["ready"]
     family: str
@@ -157,6 +158,7 @@ class ReadyBody(BaseModel):
     dtype: str
     resident: list[str]
     compiled: bool
+    engines: int
 
 
 class ProblemBody(BaseModel):

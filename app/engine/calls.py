@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,11 @@ class Call:
     def count(self) -> int:
         """Rows of the UNet that it steps."""
         return sum(running.row.count for running in self.rows)
+
+
+def ids_in(calls: Sequence[Call]) -> list[int]:
+    """Of the pictures in them."""
+    return [row.job.id for call in calls for row in call.rows]
 
 
 def make(call: Call, device: Device) -> tuple[Any, float]:

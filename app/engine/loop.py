@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from app.engine import work
-from app.engine.calls import Call, Running, make
+from app.engine.calls import Call, Running, ids_in, make
 from app.engine.costs import Costs
 from app.engine.loading import Loading
 from app.engine.messages import (
@@ -30,7 +30,6 @@ from app.engine.messages import (
     Report,
     Submit,
     ToEngine,
-    VariantReport,
     Worked,
 )
 from app.engine.scheduler import Workers, may_change, plan
@@ -59,6 +58,7 @@ class Loop:
         self, pipeline: Pipeline, registry: Registry, costs: Costs, send: Callable[[FromEngine], None], workers: int = 2
     ) -> None:
         self.pipeline, self.registry, self.costs, self.send, self.workers = pipeline, registry, costs, send, workers
+        self.note: Callable[[Sequence[int]], None] = lambda ids: None  # of all pictures that are in calls
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._inbox: deque[Message] = deque()
@@ -134,10 +134,12 @@ class Loop:
     def report(self) -> Report:
         """The answer to a Ping."""
         return Report(
-            [VariantReport(row.name, row.state, row.resident_bytes, row.reason) for row in self.registry.status()],
+            self._loading.variants(),
             self.pipeline.device.memory_used(),
             self.registry.switches,
             self.compiled,
+            self._loading.held(),
+            self.registry.load_seconds,
             STDERR.take_dropped(),
         )
 
@@ -219,6 +221,7 @@ class Loop:
         for row in call.rows:
             row.busy = True
         self._flying.append(call)
+        self.note(ids_in(self._flying))
         return call
 
     def _start_step(self, rows: list[Running]) -> Call | None:
@@ -231,6 +234,7 @@ class Loop:
 
     def _settle(self, call: Call, result: Any, seconds: float) -> None:
         self._flying.remove(call)
+        self.note(ids_in(self._flying))
         for row in call.rows:
             row.busy = False
         if not call.rows:
@@ -243,8 +247,8 @@ class Loop:
         elif isinstance(result, Exception):
             self._isolate(call, result)
         else:
-            ids, job = [row.job.id for row in call.rows], call.rows[0].job
-            worked = Worked(call.stage, job.weights.variant, ids, call.count, seconds, job.height * job.width)
+            job = call.rows[0].job
+            worked = Worked(call.stage, job.weights, ids_in([call]), call.count, seconds, job.height * job.width)
             call.settle(call.rows, result, call.start, seconds)
             self.send(worked)
 

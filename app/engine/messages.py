@@ -6,11 +6,13 @@ import msgspec
 
 from app.engine.costs import Costs
 from app.engine.jobs import Id, Job
+from models.catalog import Weights
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
     """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings.
-    catalogs: texts by path, as they were when the server was started, however often the engine is."""
+    catalogs: texts by path, as they were when the server was started, however often the engine is.
+    name: among several engines. gpu: the one that it sees, as CUDA_VISIBLE_DEVICES names it; None: as many as we do."""
 
     model: str | None
     catalogs: dict[str, str]
@@ -26,6 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     fp8: bool
     cache: str
     log_level: str = "info"
+    name: str | None = None
+    gpu: str | None = None
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -53,14 +57,23 @@ class VariantReport(msgspec.Struct, frozen=True):
     reason: str | None = None
 
 
+class Held(msgspec.Struct, frozen=True):
+    """A weight set in the engine's memory. seconds: until it would be the one in use, as measured."""
+
+    weights: Weights
+    seconds: float
+
+
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """The answer to a Ping. device_bytes: GPU memory in use; None on a CPU.
-    log_lines_dropped: since the last report."""
+    """The answer to a Ping. device_bytes: GPU memory in use; None on a CPU. held: what needs no load. load: seconds
+    that the last one took. log_lines_dropped: since the last report."""
 
     variants: list[VariantReport]
     device_bytes: int | None
     switches: int
     compiled: bool
+    held: list[Held] = []
+    load: float = 0.0
     log_lines_dropped: int = 0
 
 
@@ -88,7 +101,7 @@ class Worked(msgspec.Struct, tag=True, frozen=True):
     """One call on the device. stage: "encode", "denoise" or "decode". ids: the pictures in it. rows: of the call."""
 
     stage: str
-    variant: str
+    weights: Weights
     ids: list[Id]
     rows: int
     seconds: float
