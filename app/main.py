@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
-from app.api import a1111, deps, generate, health, huggingface, models, openai, problems
+from app.api import a1111, deps, generate, health, huggingface, models, openai, page, problems
 from app.engine.fleet import Fleet
 from app.http.ledger import Ledger
 from app.metrics import Metrics
@@ -38,7 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=_plain_name,
     )
     deps.install(app, deps.Parts(fleet, settings, metrics))
-    for api in (generate, openai, models, a1111, huggingface, health):
+    for api in (generate, openai, models, a1111, huggingface, page, health):
         app.include_router(api.router)
     problems.install(app)
     app.add_middleware(Ledger, metrics=metrics, render=problems.respond)
