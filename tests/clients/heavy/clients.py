@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import EMBEDDED, PLAIN, ROOT, ServerProcess, eventually
 
-HERE, BUILT = Path(__file__).parent, ROOT / ".clients"
+HERE, BUILT = Path(__file__).parent, ROOT / "build" / "clients"
 PROMPT = "a red apple on a blue background"
 
 
