@@ -10,7 +10,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from app.api import deps, generate, health, models, problems
+from app.api import a1111, deps, generate, health, huggingface, models, openai, page, problems
 from app.api.deps import Parts
 from app.engine.fleet import Fleet
 from app.http.keys import Guard, Ring, refusal
@@ -44,8 +44,9 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=_plain_name,
     )
     parts = Parts(fleet, settings, metrics)
-    open_to_all = [health.router] if settings.admin_port else [health.router, health.metrics_router]
-    _furnish(app, parts, [generate.router, *open_to_all, models.router])
+    open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
+    drawing = (generate.router, openai.router, models.router, a1111.router, huggingface.router)
+    _furnish(app, parts, [*drawing, *open_to_all])
     # The last one added is the first that a request meets.
     if settings.api_keys_file is not None:
         ring, public = Ring(settings.api_keys_file, metrics), _create_public(parts, open_to_all)

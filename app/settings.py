@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from app import keys
 from app.engine.messages import EngineConfig
 
 GIB = 2**30
+ANY_STEPS = "sdxl-lightning"  # the name of the model as a whole: which variant draws, follows from the steps
 PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
 
 log = logging.getLogger("app.settings")
@@ -138,6 +140,16 @@ class Settings(EngineSettings):
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
     max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
+    size_policy: Literal["nearest", "strict"] = Field(
+        "nearest",
+        description="what the OpenAI, A1111 and Hugging Face routes do with a size that the model cannot draw: take "
+        "the nearest that it can, and say so, or refuse it, as /generate does",
+    )
+    model_aliases: str = Field(
+        "dall-e-2,dall-e-3,gpt-image-1,gpt-image-1.5,default",
+        description="model names that clients insist on, with commas between: each means sdxl-lightning, whose variant "
+        "follows from the steps; NAME=VARIANT binds it to one",
+    )
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
@@ -157,6 +169,12 @@ class Settings(EngineSettings):
     @classmethod
     def _without_brackets(cls, value: str) -> str:
         return value.strip("[]")
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """What each of the model_aliases means."""
+        pairs = (pair.partition("=") for pair in self.model_aliases.split(",") if pair.strip())
+        return {name.strip(): variant.strip() or ANY_STEPS for name, _, variant in pairs}
 
     def engine_config(self) -> EngineConfig:
         """With the log's level."""

@@ -1,6 +1,6 @@
 """Typed access to what main.py assembled. Nothing else reads the application's state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
@@ -14,11 +14,12 @@ from app.settings import Settings
 
 @dataclass(frozen=True)
 class Parts:
-    """What one server is made of."""
+    """What one server is made of. chosen: what a client of an API chose for all requests to it."""
 
     fleet: Fleet
     settings: Settings
     metrics: Metrics
+    chosen: dict[str, str] = field(default_factory=dict)
 
 
 def install(app: FastAPI, parts: Parts) -> None:
