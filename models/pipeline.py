@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import BatchEncoding, CLIPTokenizer
 
 from models.device import Device
-from models.modules import UNetFunction, load_decoder, load_text_encoders
+from models.grid import starts
+from models.modules import Encoder, UNetFunction, load_decoder, load_text_encoders
+from models.original import Kept, Original, put_back
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
 
@@ -59,6 +61,7 @@ class Pipeline:
         self.text: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = load_text_encoders(store, device.name, dtype)
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
+        self.encoder = Encoder(self.vae.vae, self.vae.scaling_factor, dtype)
         self.steps: dict[UNetFunction, Step] = {}
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
@@ -73,9 +76,12 @@ class Pipeline:
         seeds: Sequence[int],
         height: int,
         width: int,
+        original: Original | None = None,
+        strength: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one."""
-        latents = self.sample(unet, schedule, prompts, seeds, height, width)
+        """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one.
+        original: the picture that they are drawn over, with a strength of models.grid.starts()."""
+        latents = self.sample(unet, schedule, prompts, seeds, height, width, original, strength)
         self.device.wait()
         return self.decode(list(latents))
 
@@ -87,12 +93,21 @@ class Pipeline:
         seeds: Sequence[int],
         height: int,
         width: int,
+        original: Original | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
         """Their latents after the last step, (B, 4, h, w) float32."""
         conditioning = [self.project(unet, row) for row in self.encode(prompts)]
-        latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
-        for step in range(len(schedule.timesteps)):
-            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning)
+        path, kept = starts(len(schedule.timesteps))[strength], list[Kept | None]()
+        if original is None:
+            rows = [self.noise(seed, height, width, schedule) for seed in seeds]
+        else:
+            sigma = schedule.table[path[0], 1]
+            begun = [original.begin(self.device, seed, sigma, strength) for seed in seeds]
+            rows, kept = [latents for latents, _ in begun], [each for _, each in begun]
+        latents = torch.stack(rows)
+        for step in path:
+            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning, kept)
         return latents
 
     @torch.inference_mode()
@@ -138,6 +153,20 @@ class Pipeline:
         return self.device.put(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
 
     @torch.inference_mode()
+    def look(self, picture: Tensor, mask: Tensor | None = None) -> Original:
+        """A picture to draw over. picture: (H, W, 3) uint8 on the host. mask: (H, W) uint8, above 127 where it is drawn
+        anew. As in diffusers the UNet's latents take one pixel in eight of it. What float16 could not hold is encoded
+        once more in float32."""
+        pixels = self.device.put(picture)[None]
+        mean, std = self.encoder(pixels)
+        if self.dtype is torch.float16 and not (mean.isfinite() & std.isfinite()).all():
+            mean, std = self.encoder.in_float32()(pixels)
+        if mask is None:
+            return Original(mean[0], std[0])
+        seen = (mask[None, :: self.vae_scale, :: self.vae_scale] > 127).float()  # diffusers binarizes at a half
+        return Original(mean[0], std[0], self.device.put(seen))
+
+    @torch.inference_mode()
     def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
         """The row with its embeddings as the UNet reads them fastest, if it knows such a way (models.gpu.static). They
         depend on prompt and weights alone: made once per request instead of in each step."""
@@ -152,11 +181,12 @@ class Pipeline:
         latents: Tensor,
         steps: Sequence[int],
         conditioning: Sequence[Conditioning],
+        kept: Sequence[Kept | None] = (),
     ) -> Tensor:
         """One step of every row, wherever each row stands. Waits for nothing on the host.
 
-        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule.
-        conditioning: B rows, all as encode() gave them or all as project() did.
+        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule's table.
+        conditioning: B rows, all as encode() gave them or all as project() did. kept: B, of those that inpaint.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
         table = schedule.table[self.device.put(torch.tensor(steps))]
@@ -164,7 +194,8 @@ class Pipeline:
         pooled = torch.stack([row.pooled for row in conditioning])
         time_ids = self._time_ids(height, width).repeat(len(conditioning), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
-        return run(latents, table, embeds, pooled, time_ids)
+        stepped = run(latents, table, embeds, pooled, time_ids)
+        return put_back(stepped, kept, table[:, 2]) if any(kept) else stepped
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

@@ -5,12 +5,19 @@ from torch import Tensor
 
 from app.engine.calls import Running
 from models.modules import UNetFunction
+from models.original import Kept
 from models.pipeline import Conditioning, Pipeline
 from models.schedule import Schedule
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
-    """Each row's prompt."""
+    """Each row's prompt, and the picture that all of them draw over, if they do."""
+    job, source = rows[0].job, rows[0].source
+    if source is not None:
+        picture, mask = _pixels(source.image, job.height, job.width, 3), _pixels(source.mask, job.height, job.width)
+        original = pipeline.look(picture, mask)
+        for row in rows:
+            row.original, row.source = original, None
     return pipeline.encode([row.job.prompt for row in rows], [row.job.owner for row in rows])
 
 
@@ -19,10 +26,11 @@ def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: li
     for row in rows:
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
-            row.latents = pipeline.noise(row.job.seed, row.job.height, row.job.width, schedule)
+            row.latents, row.kept = _begin(pipeline, schedule, row)
     latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
-    stepped = pipeline.denoise(unet, schedule, latents, [row.step for row in rows], conditioning)
+    steps, kept = [row.job.path[row.step] for row in rows], [row.kept for row in rows]
+    stepped = pipeline.denoise(unet, schedule, latents, steps, conditioning, kept)
     pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
     return stepped
 
@@ -31,3 +39,15 @@ def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[bytes], list[b
     """Each row's picture, height x width x 3 bytes, and whether it is valid."""
     pixels, valid = pipeline.decode([row.latents for row in rows if row.latents is not None])
     return [each.numpy().tobytes() for each in pixels], valid.tolist()
+
+
+def _begin(pipeline: Pipeline, schedule: Schedule, row: Running) -> tuple[Tensor, Kept | None]:
+    job = row.job
+    if row.original is None or job.strength is None:
+        return pipeline.noise(job.seed, job.height, job.width, schedule), None
+    return row.original.begin(pipeline.device, job.seed, schedule.table[job.path[0], 1], job.strength)
+
+
+def _pixels(values: bytes, *shape: int) -> Tensor | None:
+    """Bytes as uint8 of that shape; None where there are none."""
+    return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(shape) if values else None
