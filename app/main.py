@@ -10,10 +10,13 @@ from fastapi_offline import FastAPIOffline
 
 from app.api import deps, generate, health, models, problems
 from app.engine.fleet import Fleet
+from app.http import limits
 from app.http.ledger import Ledger
+from app.http.limits import Room
 from app.metrics import Metrics
 from app.settings import Settings
 
+MIB = 2**20
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
 
 
@@ -38,11 +41,17 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=_plain_name,
     )
     deps.install(app, deps.Parts(fleet, settings, metrics))
+    limits.install(app, _room(settings))
     for api in (generate, health, models):
         app.include_router(api.router)
     problems.install(app)
     app.add_middleware(Ledger, metrics=metrics, render=problems.respond)
     return app
+
+
+def _room(settings: Settings) -> Room:
+    body, bodies = (int(mib * MIB) for mib in (settings.max_body_mib, settings.max_bodies_mib))
+    return Room(body, bodies, settings.min_upload_kb_s * 1000)
 
 
 def _plain_name(route: APIRoute) -> str:

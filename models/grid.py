@@ -16,9 +16,9 @@ def starts(steps: int) -> dict[float, range]:
     """The strengths that a picture may be drawn over with, from 1 down, each with the rows of its variant's
     models.schedule.Schedule.table that it steps through: BESIDE's come behind the schedule's own."""
     if steps == 1:
-        return {1.0: range(0, 1), 0.75: range(1, 2), 0.5: range(2, 3), 0.25: range(3, 4)}
+        return {1.0: range(1), 0.75: range(1, 2), 0.5: range(2, 3), 0.25: range(3, 4)}
     if steps == 2:
-        return {1.0: range(0, 2), 0.75: range(2, 4), 0.5: range(1, 2), 0.25: range(3, 4)}
+        return {1.0: range(2), 0.75: range(2, 4), 0.5: range(1, 2), 0.25: range(3, 4)}
     return {count / steps: range(steps - count, steps) for count in range(steps, 0, -1)}
 
 

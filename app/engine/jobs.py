@@ -25,8 +25,8 @@ class Source(msgspec.Struct, frozen=True):
 
 class Job(msgspec.Struct, frozen=True):
     """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
-    asked for it, since no two owners share what is cached. strength: of models.grid.starts(), for a job that draws over a
-    picture. source: the id of the first job that draws over the same one."""
+    asked for it, since no two owners share what is cached. strength: of models.grid.starts(), for a job that draws over
+    a picture. source: the id of the first job that draws over the same one."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]

@@ -14,8 +14,8 @@ def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
     """Each row's prompt, and the picture that all of them draw over, if they do."""
     job, source = rows[0].job, rows[0].source
     if source is not None:
-        picture, mask = _pixels(source.image, job.height, job.width, 3), _pixels(source.mask, job.height, job.width)
-        original = pipeline.look(picture, mask)
+        picture = _pixels(source.image, job.height, job.width, 3)
+        original = pipeline.look(picture, _pixels(source.mask, job.height, job.width) if source.mask else None)
         for row in rows:
             row.original, row.source = original, None
     return pipeline.encode([row.job.prompt for row in rows], [row.job.owner for row in rows])
@@ -48,6 +48,5 @@ def _begin(pipeline: Pipeline, schedule: Schedule, row: Running) -> tuple[Tensor
     return row.original.begin(pipeline.device, job.seed, schedule.table[job.path[0], 1], job.strength)
 
 
-def _pixels(values: bytes, *shape: int) -> Tensor | None:
-    """Bytes as uint8 of that shape; None where there are none."""
-    return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(shape) if values else None
+def _pixels(values: bytes, *shape: int) -> Tensor:
+    return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(shape)
