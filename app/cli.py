@@ -1,19 +1,23 @@
-"""The command line: serve, generate (one prompt to a file, without a server), and models (list, fetch, verify)."""
+"""The command line: serve, generate (one prompt to a file, without a server), models (list, fetch,
+verify), and keys (new)."""
 
 import contextlib
 import os
-import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
-from app import logs
-from app.order import PROMPT_LIMIT, is_blank
-from app.settings import PREFIX, EngineSettings, Settings
+from app import logs, uploads
+from app.errors import Problem
+from app.keys import NAME, add
+from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
+from app.settings import PREFIX, EngineSettings, Settings, Variables
 from models.catalog import CATALOG
 
 
@@ -24,19 +28,30 @@ class Serve(Settings):
         """Run the server."""
         from app.api.deps import parts_of
         from app.http.server import serve
-        from app.main import create_app
+        from app.main import create_admin, create_app
 
         logs.set_up(self.log_level)
         app = create_app(self)
-        sys.exit(serve(app, self, parts_of({"app": app}).fleet))
+        parts = parts_of({"app": app})
+        sys.exit(serve(app, self, parts.fleet, create_admin(parts)))
 
 
 class Generate(EngineSettings):
     """Draw one prompt into a file, without a server."""
 
     prompt: CliPositionalArg[str] = Field(max_length=PROMPT_LIMIT, description="what to draw")
-    variant: str = Field("4step-unet", description="weights by name; see `models list`")
-    seed: int | None = Field(None, ge=0, lt=2**32, description="random if absent")
+    variant: str | None = Field(None, description="weights by name; see `models list`")
+    steps: int | None = Field(None, ge=1, description="alone, it means the UNet of its step count; 4 if absent")
+    guidance_scale: float | None = Field(None, ge=0, description="within the variant's range; 0 and 1 mean without")
+    negative_prompt: str | None = Field(None, max_length=PROMPT_LIMIT, description="what to move away from")
+    width: int | None = Field(None, description="pixels; the model's own size if absent")
+    height: int | None = Field(None, description="pixels; the model's own size if absent")
+    image: Path | None = Field(None, description="a PNG, JPEG or WebP file to draw over")
+    mask: Path | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
+    strength: float | None = Field(
+        None, gt=0, le=1, description="how much is drawn over; 0.75 if absent, with a mask 1"
+    )
+    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
 
     @field_validator("prompt", mode="before")
@@ -55,9 +70,31 @@ class Generate(EngineSettings):
         """Draw and save."""
         from app.offline import draw  # torch is imported here, and only for this command
 
-        seed = random.randrange(2**32) if self.seed is None else self.seed
-        draw(self, self.prompt, self.variant, seed, self.output)
-        print(f"{self.output} (seed {seed})")
+        order = Order(
+            owner="",
+            prompt=self.prompt,
+            variant=self.variant,
+            negative_prompt=self.negative_prompt,
+            guidance=self.guidance_scale,
+            steps=self.steps,
+            seed=self.seed,
+            width=self.width,
+            height=self.height,
+            image=_read(self.image, uploads.picture, "image"),
+            mask=_read(self.mask, uploads.stencil, "mask"),
+            strength=self.strength,
+        )
+        print(f"{self.output} (seed {draw(self, order, self.output)})")
+
+
+def _read(path: Path | None, decode: Callable[[Image.Image], uploads.Bitmap], name: str) -> uploads.Bitmap | None:
+    """A picture file's pixels. Exits with a sentence where there are none."""
+    try:
+        return path and decode(uploads.open_file(path.read_bytes(), name))
+    except OSError as error:
+        sys.exit(f"{path} cannot be read: {error.strerror}")
+    except Problem as error:
+        sys.exit(f"{path}: {error}")
 
 
 class Models(EngineSettings):
@@ -80,6 +117,25 @@ class Models(EngineSettings):
             sys.exit(1)
 
 
+class Keys(Variables):
+    """Make a key for API_KEYS_FILE, and print it: the file holds only its hash."""
+
+    action: CliPositionalArg[Literal["new"]]
+    name: CliPositionalArg[str] = Field(pattern=NAME, description="whose key it is, for the log and the metrics")
+    api_keys_file: Path = Field(description="the file to append to; it is made if it is not there")
+    rpm: int | None = Field(None, ge=1, le=1_000_000, description="requests a minute; by default any number")
+    in_flight: int | None = Field(
+        None, ge=1, le=1_000_000, description="pictures accepted and not finished; by default any number"
+    )
+
+    def cli_cmd(self) -> None:
+        """Make it; exits with 1 if the file cannot take it."""
+        try:
+            print(add(self.api_keys_file, self.name, self.rpm, self.in_flight))
+        except ValueError as error:
+            sys.exit(str(error))
+
+
 class CommandLine(
     BaseSettings, cli_kebab_case=True, cli_prog_name="sdxl-lightning", cli_parse_none_str="\0"
 ):  # "null" is a prompt like others
@@ -88,6 +144,7 @@ class CommandLine(
     serve: CliSubCommand[Serve]
     generate: CliSubCommand[Generate]
     models: CliSubCommand[Models]
+    keys: CliSubCommand[Keys]
 
     def cli_cmd(self) -> None:
         """Run the subcommand."""

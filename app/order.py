@@ -9,29 +9,32 @@ from app import errors
 from app.engine.jobs import Job, Source, new_id
 from app.errors import Problem
 from app.uploads import Bitmap
-from models.catalog import Family, Variant, Weights
+from models.catalog import Family, Guidance, Variant, Weights
 from models.grid import snap, spelled
 
 DEFAULT_STEPS = 4
 STRENGTH, STRENGTH_OF_A_MASK = 0.75, 1.0  # where none is given
 SEED_LIMIT = 2**32
-PROMPT_LIMIT = 2000  # characters
+PROMPT_LIMIT = 2000  # characters; the text encoders take fewer
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks that are drawn as nothing
 
 
 def is_blank(prompt: str) -> bool:
-    """Whether nothing of a prompt can be seen."""
-    return all(char in BLANK or "\ufe00" <= char <= "\ufe0f" or unicodedata.category(char) in UNSEEN for char in prompt)
+    """Whether nothing of a prompt, as far as it is read, can be seen."""
+    read = prompt[:PROMPT_LIMIT]
+    return all(char in BLANK or "\ufe00" <= char <= "\ufe0f" or unicodedata.category(char) in UNSEEN for char in read)
 
 
 @dataclass(frozen=True)
 class Order:
     """One request for n pictures. None: left to us.
 
-    owner: who asks, so that the same order from somebody else is another one. width, height: pixels. timeout: seconds
-    after which the pictures are of no use. image: what they draw over. mask: of the image, 255 where it is drawn anew.
-    strength: above 0, to 1. Picture k of n has seed + k.
+    guidance: 0 and 1 mean without. negative_prompt: None is the absent one, which is not the empty one.
+    owner: who asks, so that the same order from somebody else is another one. prompt: cut behind PROMPT_LIMIT. width,
+    height: pixels; fit: where they cannot be drawn, the nearest that can. timeout: seconds after which the pictures are
+    of no use. image: what they draw over. mask: of the image, 255 where it is drawn anew. strength: above 0, to 1.
+    Picture k of n has seed + k.
     """
 
     owner: str
@@ -45,6 +48,7 @@ class Order:
     n: int = 1
     width: int | None = None
     height: int | None = None
+    fit: bool = False
     timeout: float | None = None
     image: Bitmap | None = None
     mask: Bitmap | None = None
@@ -83,24 +87,28 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
         raise Problem(errors.INVALID, detail, "n" if order.n > 1 else "width")
     if order.timeout is not None and order.timeout > limits.max_timeout_s:
         raise Problem(errors.INVALID, f"timeout must be at most {limits.max_timeout_s:g} s on this server", "timeout")
-    if order.guidance is not None and order.guidance not in (0, 1):
-        raise Problem(errors.INVALID, f"guidance must be 0 or absent: {variant.name} draws without it", "guidance")
-    if order.negative_prompt:
-        raise Problem(errors.INVALID, "negative_prompt acts through guidance, which is off", "negative_prompt")
+    guidance = _guidance(order, variant)
     if order.styles:
         raise Problem(errors.INVALID, f"there is no style {order.styles[0][0]}", "loras")
     weights = Weights(variant.name, order.styles)
+    if order.seed is not None and order.seed + order.n > SEED_LIMIT:
+        detail = f"seed must be at most {SEED_LIMIT - order.n} for n = {order.n}, as picture k has seed + k"
+        raise Problem(errors.INVALID, detail, "seed")
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
     ids = [new_id() for _ in range(order.n)]
-    drawn = (height, width, deadline, order.owner, strength, None if strength is None else ids[0])
-    return [Job(id, order.prompt, weights, variant.steps, seed + k, *drawn) for k, id in enumerate(ids)]
+    away = order.negative_prompt and order.negative_prompt[:PROMPT_LIMIT]
+    over = (strength, None if strength is None else ids[0])
+    prompt, drawn = order.prompt[:PROMPT_LIMIT], (height, width, deadline, order.owner, away, guidance, *over)
+    return [Job(id, prompt, weights, variant.steps, seed + k, *drawn) for k, id in enumerate(ids)]
 
 
 def _size(order: Order, family: Family) -> tuple[int, int]:
     """Width and height of what is drawn: as asked, else the image's, else the family's own."""
     own = (family.size.default,) * 2 if order.image is None else (order.image.width, order.image.height)
     width, height = order.width or own[0], order.height or own[1]
+    if order.fit:
+        width, height = family.size.nearest(width, height)
     for side, pixels, asked in (("width", width, order.width), ("height", height, order.height)):
         if refusal := family.size.refusal(side, pixels):
             raise Problem(errors.INVALID, refusal, side if asked or order.image is None else "image")
@@ -139,9 +147,29 @@ def _variant(order: Order, family: Family) -> Variant:
     """The weights an order means: by name, or the UNet of its step count."""
     name = order.variant or f"{order.steps or DEFAULT_STEPS}step-unet"
     variant = family.variants.get(name)
+    if variant is None and order.variant is None:
+        counts = sorted({each.steps for each in family.variants.values()})
+        detail = f"there are weights for {', '.join(map(str, counts))} steps, not {order.steps}"
+        raise Problem(errors.INVALID, detail, "steps")
     if variant is None:
         raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
     if order.steps is not None and order.steps != variant.steps:
         detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
         raise Problem(errors.INVALID, detail, "steps")
     return variant
+
+
+def _guidance(order: Order, variant: Variant) -> float:
+    """The scale that an order means, 1 for none: within what the variant's maker declared."""
+    allowed = variant.guidance or Guidance(1.0, 1.0, 1.0)
+    scale = order.guidance or (allowed.default if order.guidance is None else 1.0)
+    without = f"{variant.name} is distilled to run without guidance"
+    if not allowed.minimum <= scale <= allowed.maximum:
+        between = f"from {allowed.minimum:g} to {allowed.maximum:g} with {variant.name}, not {order.guidance:g}"
+        detail = f"must be {between}" if variant.guidance else f"must be 0, 1 or absent: {without}"
+        raise Problem(errors.INVALID, f"guidance_scale {detail}", "guidance_scale")
+    if order.negative_prompt and scale <= 1:
+        how = f"set guidance_scale above 1, to {allowed.maximum:g} at the most" if allowed.maximum > 1 else without
+        detail = f"negative_prompt acts through guidance: {how}"
+        raise Problem(errors.INVALID, detail, "negative_prompt")
+    return scale

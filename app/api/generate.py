@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from app import images, uploads
 from app.api.accept import choose_format
-from app.api.deps import PartsDep
+from app.api.deps import PartsDep, owner_of
 from app.api.draw import Drawn, draw
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse, Image
@@ -26,7 +26,7 @@ async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> 
     """Draw pictures. The answer is JSON, or the bare picture where the Accept header asks for image/* (n = 1)."""
     bare = choose_format(", ".join(request.headers.getlist("accept")), body)
     image, mask = await uploads.read(body.image, body.mask)
-    order = _order(body, request.client.host if request.client else "", image, mask)
+    order = _order(body, owner_of(request), image, mask)
     with named(width="size", height="size") if body.size else named():
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)
     return _picture(drawn, bare) if bare else _json(request, drawn)
@@ -38,6 +38,8 @@ def _order(body: GenerateRequest, owner: str, image: Bitmap | None, mask: Bitmap
         owner=owner,
         prompt=body.prompt,
         variant=body.variant,
+        negative_prompt=body.negative_prompt,
+        guidance=body.guidance_scale,
         steps=body.steps,
         seed=body.seed,
         n=body.n,
@@ -55,6 +57,7 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
     headers = {
         "X-Seed": str(picture.job.seed),
         "X-Variant": picture.job.weights.variant,
+        "X-Prompt-Tokens": str(picture.done.tokens),
         "X-Prompt-Truncated": str(picture.done.truncated).lower(),
         "Server-Timing": ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in drawn.timings_ms.items()),
     }
@@ -72,7 +75,8 @@ def _json(request: Request, drawn: Drawn) -> Response:
         width=first.done.width,
         height=first.done.height,
         strength=first.job.strength,
-        prompt_truncated=first.done.truncated,
+        prompt_tokens=first.done.tokens,
+        prompt_truncated=drawn.prompt_truncated,
         images=[Image(b64_json=base64.b64encode(each.file).decode(), seed=each.job.seed) for each in drawn.pictures],
         timings_ms=drawn.timings_ms,
         batch_sizes=first.done.batches,

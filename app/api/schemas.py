@@ -19,10 +19,9 @@ from pydantic_core import PydanticCustomError
 from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-STEPS = (1, 2, 4, 8)
-File = Annotated[
+File = Annotated[  # bytes: a form's
     StrictStr | StrictBytes, WithJsonSchema({"type": "string", "contentEncoding": "base64"})
-]  # bytes: a form's
+]
 
 
 class GenerateRequest(BaseModel):
@@ -56,9 +55,11 @@ class GenerateRequest(BaseModel):
     size: StrictStr | None = Field(
         None, pattern=r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$", description="WIDTHxHEIGHT, instead of both"
     )
-    guidance_scale: StrictFloat | None = Field(None, description="0 or absent: Lightning has no guidance")
+    guidance_scale: StrictFloat | None = Field(
+        None, ge=0, description="within the variant's range, see GET /v1/models; 0 and 1 mean without"
+    )
     negative_prompt: StrictStr | None = Field(
-        None, max_length=2000, description="empty or absent: Lightning has no guidance"
+        None, max_length=PROMPT_LIMIT, description="what to move away from, where guidance_scale is above 1"
     )
     image: File | None = Field(None, description="a PNG, JPEG or WebP of the drawn size to draw over, in base64")
     mask: File | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
@@ -91,18 +92,8 @@ class GenerateRequest(BaseModel):
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
             raise _refusal("prompt", "must have a character that can be seen")
-        if self.steps is not None and self.steps not in STEPS:
-            raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
-        if self.guidance_scale:
-            raise _refusal("guidance_scale", "must be 0 or absent: SDXL-Lightning is distilled to run without guidance")
-        if self.negative_prompt:
-            raise _refusal(
-                "negative_prompt", "must be empty or absent: it acts through guidance, which Lightning has none of"
-            )
         if self.size and (self.width or self.height):
             raise _refusal("size", "cannot be given together with width or height")
-        if self.seed is not None and self.seed + self.n > SEED_LIMIT:
-            raise _refusal("seed", f"must be at most {SEED_LIMIT - self.n} for n = {self.n}, as picture k has seed + k")
         return self
 
 
@@ -130,6 +121,7 @@ class GenerateResponse(BaseModel):
     width: int
     height: int
     strength: float | None = None
+    prompt_tokens: int
     prompt_truncated: bool
     images: list[Image]
     timings_ms: dict[str, float]
@@ -137,13 +129,14 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it. reason: why it failed, where it did."""
+    """A variant in OpenAI's list format, with ours beside it. steps: None where they may be chosen. reason: why it
+    failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: int
+    steps: int | None
     state: str
     resident_bytes: int
     reason: str | None = None
@@ -183,3 +176,18 @@ class ProblemBody(BaseModel):
     code: str
     field: str | None = None
     request_id: str | None = None
+
+
+class OpenAIFault(BaseModel):
+    """What OpenAI's SDKs read of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(BaseModel):
+    """An error in OpenAI's shape."""
+
+    error: OpenAIFault

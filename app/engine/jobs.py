@@ -25,8 +25,9 @@ class Source(msgspec.Struct, frozen=True):
 
 class Job(msgspec.Struct, frozen=True):
     """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
-    asked for it, since no two owners share what is cached. strength: of models.grid.starts(), for a job that draws over
-    a picture. source: the id of the first job that draws over the same one."""
+    asked for it, since no two owners share what is cached. guidance: 1 means without; negative_prompt acts above.
+    strength: of models.grid.starts(), for a job that draws over a picture. source: the id of the first job that draws
+    over the same one."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -37,6 +38,8 @@ class Job(msgspec.Struct, frozen=True):
     width: Pixels
     deadline: float
     owner: str = ""
+    negative_prompt: Annotated[str, msgspec.Meta(max_length=2000)] | None = None
+    guidance: float = 1.0
     strength: float | None = None
     source: Id | None = None
 
@@ -45,17 +48,18 @@ class Job(msgspec.Struct, frozen=True):
         """The rows of its schedule's table that it steps through."""
         return starts(self.steps)[1.0 if self.strength is None else self.strength]
 
-    def row(self, step: int = 0, is_encoded: bool = False) -> "Row":
+    def row(self, step: int = 0, is_encoded: bool = False, length: int = 0) -> "Row":
         """This job as the scheduler sees it once `step` of its steps are done."""
-        steps_left = len(self.path) - step
-        size = (self.height, self.width)
-        return Row(self.id, self.weights, *size, self.deadline, steps_left, is_encoded, source=self.source)
+        count = 2 if self.guidance > 1 else 1
+        drawn = (self.id, self.weights, self.height, self.width, self.deadline)
+        return Row(*drawn, len(self.path) - step, is_encoded, count, length, self.source)
 
 
 @dataclass(frozen=True)
 class Row:
     """A picture as the scheduler sees it: some steps from its end. count: rows of a UNet call that it takes (two where
-    it is guided). source: the first of the rows that draw over the same picture, if it draws over one."""
+    it is guided). length: of its prompt's embeddings, once it is encoded. source: the first of the rows that draw over
+    the same picture, if it draws over one."""
 
     id: int
     weights: Weights
@@ -65,12 +69,13 @@ class Row:
     steps_left: int
     is_encoded: bool = True
     count: int = 1
+    length: int = 0
     source: int | None = None
 
     @property
-    def group(self) -> tuple[Weights, int, int]:
+    def group(self) -> tuple[Weights, int, int, int]:
         """Rows of one group can share a UNet call."""
-        return self.weights, self.height, self.width
+        return self.weights, self.height, self.width, self.length
 
     @property
     def size(self) -> tuple[int, int]:

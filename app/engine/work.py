@@ -4,21 +4,31 @@ import torch
 from torch import Tensor
 
 from app.engine.calls import Running
+from app.engine.jobs import Job, Source
 from models.modules import UNetFunction
-from models.original import Kept
-from models.pipeline import Conditioning, Pipeline
+from models.original import Kept, Original
+from models.pipeline import Pipeline
+from models.prompts import Conditioning
 from models.schedule import Schedule
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
-    """Each row's prompt, and the picture that all of them draw over, if they do."""
-    job, source = rows[0].job, rows[0].source
+    """Each row's prompt, guided away from its negative one where it is guided, and the picture that all of them draw
+    over, if they do."""
+    first, source = rows[0].job, rows[0].source
     if source is not None:
-        picture = _pixels(source.image, job.height, job.width, 3)
-        original = pipeline.look(picture, _pixels(source.mask, job.height, job.width) if source.mask else None)
+        original = look(pipeline, first, source)
         for row in rows:
             row.original, row.source = original, None
-    return pipeline.encode([row.job.prompt for row in rows], [row.job.owner for row in rows])
+    jobs = [row.job for row in rows]
+    negative = [job for job in jobs if job.guidance > 1 and job.negative_prompt is not None]
+    texts = [*(job.prompt for job in jobs), *(job.negative_prompt or "" for job in negative)]
+    found = pipeline.prompts.encode(texts, [job.owner for job in (*jobs, *negative)])
+    away = dict(zip((job.id for job in negative), found[len(jobs) :], strict=True))
+    return [
+        pipeline.prompts.guide(each, away.get(job.id), job.guidance) if job.guidance > 1 else each
+        for job, each in zip(jobs, found, strict=False)
+    ]
 
 
 def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:
@@ -46,6 +56,12 @@ def _begin(pipeline: Pipeline, schedule: Schedule, row: Running) -> tuple[Tensor
     if row.original is None or job.strength is None:
         return pipeline.noise(job.seed, job.height, job.width, schedule), None
     return row.original.begin(pipeline.device, job.seed, schedule.table[job.path[0], 1], job.strength)
+
+
+def look(pipeline: Pipeline, job: Job, source: Source) -> Original:
+    """What a job draws over, as the VAE sees it."""
+    mask = _pixels(source.mask, job.height, job.width) if source.mask else None
+    return pipeline.look(_pixels(source.image, job.height, job.width, 3), mask)
 
 
 def _pixels(values: bytes, *shape: int) -> Tensor:

@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app import errors
 from app.errors import Problem
 from app.http.forms import read_form, text_names
+from app.http.keys import take
 from app.http.ledger import count
 from app.http.protocol import RECEIVE_S
 
@@ -46,21 +47,24 @@ def install(app: Starlette, room: Room) -> None:
     app.state.room = room
 
 
-class DrawingRoute(APIRoute):
-    """A route that draws. It is counted from its arrival to its end, and its body is limited. A subclass may take
-    more. By the route, not by the path, so that all of it holds under any prefix."""
+class LimitedRoute(APIRoute):
+    """A route whose body is limited. A subclass may take more. By the route, not by the path, so that all of it holds
+    under any prefix."""
 
-    takes_pictures = False  # and with them large bodies, and forms
+    body_limit = BODY_LIMIT
+    draws = takes_pictures = False
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the request, judge it by its head, and pass it on with a receive() that keeps the limits."""
+        """Judge the request by its key and head, and pass it on with a receive() that keeps the limits."""
         if scope["method"] not in (self.methods or ()):
             return await super().handle(scope, receive, send)
-        count(scope)
+        if self.draws:
+            count(scope)
+            take(scope)
         headers = Headers(scope=scope)
         _check_type(headers, self.takes_pictures)
         room: Room = scope["app"].state.room
-        body = Body(receive, room, room.body if self.takes_pictures else BODY_LIMIT, scope["state"])
+        body = Body(receive, room, room.body if self.takes_pictures else self.body_limit, scope["state"])
         body.check(int(headers.get("content-length", 0)))
         try:
             return await super().handle(scope, body.receive, send)
@@ -79,8 +83,14 @@ class DrawingRoute(APIRoute):
         return strict
 
 
+class DrawingRoute(LimitedRoute):
+    """A route that draws: it is counted from its arrival to its end."""
+
+    draws = True
+
+
 class PictureRoute(DrawingRoute):
-    """A route that takes pictures, too: in JSON or in a form."""
+    """One that takes pictures, too: in JSON or in a form."""
 
     takes_pictures = True
 
