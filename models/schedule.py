@@ -7,6 +7,7 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from models.catalog import Variant, one_of
+from models.grid import BESIDE
 
 # SDXL's. No model directory's scheduler_config.json is read: it could change the sigmas.
 TRAINED = {
@@ -22,8 +23,9 @@ TRAINED = {
 class Schedule:
     """timesteps: (N,) float32. sigmas: (N + 1,) float32, the last one 0. start: (), the sigma of the first latents.
 
-    table: (N, 4) float32, what a row of a batch reads at its step: timestep, sigma, the sigma to move to, and 1 where
-    the UNet predicts the clean latents, else 0. As numbers, so that one CUDA graph serves every variant. added: (N,)
+    table: (N + M, 4) float32, what a row of a batch reads at its step: timestep, sigma, the sigma to move to, and 1
+    where the UNet predicts the clean latents, else 0. As numbers, so that one CUDA graph serves every variant. Its last
+    M rows are the steps of models.grid.BESIDE. after: (N + M,) float32, the sigma behind each step. added: (N + M,)
     float32, the sigma of the noise that an ancestral sampler adds behind each step; None for one that adds none.
     """
 
@@ -31,11 +33,12 @@ class Schedule:
     sigmas: Tensor
     start: Tensor
     table: Tensor
+    after: Tensor
     added: Tensor | None = None
 
     def to(self, device: str) -> "Schedule":
         """The same tables on a device, so that gathering from them needs no host sync."""
-        tensors = (self.timesteps, self.sigmas, self.start, self.table, self.added)
+        tensors = (self.timesteps, self.sigmas, self.start, self.table, self.after, self.added)
         return Schedule(*(each.to(device) for each in tensors if each is not None))
 
 
@@ -56,13 +59,25 @@ def make_schedule(variant: Variant, steps: int) -> Schedule:
     timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
     if len(timesteps) != steps or sigmas[-1] != 0:  # diffusers' trailing ones: one too many for 61 steps
         raise ValueError(f"variant {variant.name}: diffusers makes {len(timesteps)} timesteps of {steps}")
-    sigma, following, added = sigmas[:-1], sigmas[1:], None
+    paths, plain = [_path(scheduler)], EulerDiscreteScheduler(**declared)
+    for beside in BESIDE.get(steps, ()):
+        plain.set_timesteps(timesteps=list(beside))
+        paths.append(_path(plain))
+    times, sigma, after = torch.cat(paths).unbind(1)
+    added, following = None, after
     if is_ancestral:
-        added = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
-        following = (following**2 - added**2) ** 0.5
-    predicts_sample = torch.full_like(timesteps, variant.prediction_type == "sample")
-    table = torch.stack([timesteps, sigma, following, predicts_sample], dim=1)
-    return Schedule(timesteps, sigmas, torch.as_tensor(scheduler.init_noise_sigma).float(), table, added)
+        added = (after**2 * (sigma**2 - after**2) / sigma**2) ** 0.5
+        following = (after**2 - added**2) ** 0.5
+    predicts_sample = torch.full_like(times, variant.prediction_type == "sample")
+    table = torch.stack([times, sigma, following, predicts_sample], dim=1)
+    start = torch.as_tensor(scheduler.init_noise_sigma).float()
+    return Schedule(timesteps, sigmas, start, table, after, added)
+
+
+def _path(scheduler: EulerDiscreteScheduler | EulerAncestralDiscreteScheduler) -> Tensor:
+    """(N, 3): timestep, sigma and the next sigma of each step."""
+    timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
+    return torch.stack([timesteps, sigmas[:-1], sigmas[1:]], dim=1)
 
 
 def model_input(latents: Tensor, sigma: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app import errors, images
+from app import errors, images, uploads
 from app.api.deps import Parts
 from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
@@ -70,7 +70,8 @@ async def finish(
     """Files of an order's pictures. start: when it came, on the monotonic clock."""
     encoding = time.monotonic()
     variant = parts.family.variants[jobs[0].weights.variant]
-    files = [await make_file(variant, *each, output_format, quality) for each in zip(jobs, done, strict=True)]
+    drawn = zip(jobs, done, strict=True)
+    files = [await make_file(order, variant, *each, output_format, quality) for each in drawn]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
     trace: Trace | None = getattr(request.state, "trace", None)
@@ -92,7 +93,7 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     trace: Trace | None = getattr(request.state, "trace", None)
     if trace is not None:
         jobs = [msgspec.structs.replace(job, trace=trace.traceparent) for job in jobs]
-    async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
+    async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps, order.source)) as events:
         async for event in events:
             yield event
 
@@ -149,7 +150,7 @@ async def _disconnect(request: Request) -> None:
 
 def parameters(variant: Variant, job: Job, done: Done) -> dict[str, Any]:
     """What drew a picture, in the words of other tools."""
-    return {
+    found = {
         "Steps": job.steps,
         "Sampler": images.SAMPLERS[variant.sampler],
         "Schedule type": images.SCHEDULES[variant.sigmas or variant.spacing],
@@ -158,14 +159,21 @@ def parameters(variant: Variant, job: Job, done: Done) -> dict[str, Any]:
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.weights.variant}",
     }
+    if job.strength is not None:
+        found["Denoising strength"] = job.strength
+    return found
 
 
-async def make_file(variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
-    """A picture file of what was drawn."""
-    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters(variant, job, done))
+async def make_file(order: Order, variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
+    """A picture file of what was drawn, with what the order keeps of its image."""
+
+    def encode() -> bytes:
+        pixels = uploads.keep(done.pixels, order.image, order.mask) if order.image and order.mask else done.pixels
+        return images.encode(pixels, done.width, done.height, output_format, quality, parameters(variant, job, done))
+
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
-        return images.encode(*arguments)
-    return await run_in_threadpool(images.encode, *arguments)
+        return encode()
+    return await run_in_threadpool(encode)
 
 
 def preview_file(preview: Preview, output_format: str, quality: int) -> bytes:

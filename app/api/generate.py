@@ -11,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.sse import format_sse_event
 
-from app import images
+from app import images, uploads
 from app.api import sse
 from app.api.accept import check_stream, choose_format
 from app.api.deps import Parts, PartsDep, owner_of
@@ -22,10 +22,11 @@ from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Waiting
 from app.errors import Problem, document
-from app.http.limits import DrawingRoute
+from app.http.limits import PictureRoute
 from app.order import Order
+from app.uploads import Bitmap
 
-router = APIRouter(route_class=DrawingRoute)
+router = APIRouter(route_class=PictureRoute)
 
 MEDIA = (*images.MEDIA_TYPES.values(), "text/event-stream")
 PICTURE = {"content": {media: {} for media in MEDIA}, "description": "the pictures, or one bare, or events"}
@@ -39,7 +40,8 @@ async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> 
     `preview` (index, seed, step, steps, width, height, b64_json) after each step but the last, the newest for who reads
     slowly; and `result`, which is the JSON, or `error`, a problem with retry_after."""
     accept = ", ".join(request.headers.getlist("accept"))
-    order = _order(body, owner_of(request))
+    image, mask = await uploads.read(body.image, body.mask)
+    order = _order(body, owner_of(request), image, mask)
     with named(width="size", height="size") if body.size else named():
         if body.stream:
             check_stream(accept)
@@ -51,7 +53,7 @@ async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> 
     return Response(await _json(request, drawn), media_type="application/json")
 
 
-def _order(body: GenerateRequest, owner: str) -> Order:
+def _order(body: GenerateRequest, owner: str, image: Bitmap | None, mask: Bitmap | None) -> Order:
     width, height = (int(side) for side in body.size.split("x")) if body.size else (body.width, body.height)
     return Order(
         owner=owner,
@@ -65,6 +67,9 @@ def _order(body: GenerateRequest, owner: str) -> Order:
         width=width,
         height=height,
         timeout=body.timeout,
+        image=image,
+        mask=mask,
+        strength=body.strength,
         previews=body.stream,
     )
 
@@ -78,6 +83,8 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
         "X-Prompt-Truncated": str(picture.done.truncated).lower(),
         "Server-Timing": ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in drawn.timings_ms.items()),
     }
+    if picture.job.strength is not None:
+        headers["X-Strength"] = f"{picture.job.strength:g}"
     return Response(picture.file, media_type=images.MEDIA_TYPES[output_format], headers=headers)
 
 
@@ -129,6 +136,7 @@ async def _json(request: Request, drawn: Drawn) -> bytes:
         variant=first.job.weights.variant,
         width=first.done.width,
         height=first.done.height,
+        strength=first.job.strength,
         prompt_tokens=first.done.tokens,
         prompt_truncated=drawn.prompt_truncated,
         images=[],
@@ -137,5 +145,5 @@ async def _json(request: Request, drawn: Drawn) -> bytes:
     )
     files = await as_base64([each.file for each in drawn.pictures])
     pictures = [{"b64_json": file, "seed": each.job.seed} for file, each in zip(files, drawn.pictures, strict=True)]
-    encoded: bytes = msgspec.json.encode({**answer.model_dump(), "images": pictures})
+    encoded: bytes = msgspec.json.encode({**answer.model_dump(exclude_none=True), "images": pictures})
     return encoded

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from app import errors
 from app.engine.admission import Admission
-from app.engine.jobs import Job, Row
+from app.engine.jobs import Job, Row, Source
 from app.engine.messages import (
     Cancel,
     Done,
@@ -96,15 +96,17 @@ class Fleet:
             raise Problem(errors.STARTING)
         return ready
 
-    async def watch(self, jobs: Sequence[Job], who: str, wants_steps: bool = False) -> AsyncGenerator[Event]:
+    async def watch(
+        self, jobs: Sequence[Job], who: str, wants_steps: bool = False, source: Source | None = None
+    ) -> AsyncGenerator[Event]:
         """Draw one request's jobs, all with one deadline, and tell what becomes of them, until each is Done. Who
         wants_steps hears of the queue, too, and again where nothing else happens.
-        who: the request's fingerprint, for its Retry-After. To close this iterator takes its jobs out of the engines.
-        Raises the Problem that describes what went wrong."""
+        who: the request's fingerprint, for its Retry-After. source: what they draw over. To close this iterator takes
+        its jobs out of the engines. Raises the Problem that describes what went wrong."""
         engines = self._admit(jobs, who)
-        ticket = self._queue.put(jobs, engines, wants_steps)
+        ticket = self._queue.put(jobs, engines, wants_steps, source)
         for number in set(engines.values()):
-            self._engines[number].send(Submit([job for job in jobs if engines[job.id] == number]))
+            self._engines[number].send(Submit([job for job in jobs if engines[job.id] == number], source))
         missing = len(jobs)
         try:
             yield Accepted(tuple(jobs))
@@ -200,7 +202,7 @@ class Fleet:
             placed = place([orphan.row], loads)
             number, engine = next(each for each, mine in zip(opened, placed, strict=True) if mine)
             self._queue.adopt(orphan, number)
-            engine.send(Submit([orphan.job]))
+            engine.send(Submit([orphan.job], orphan.source))
 
     def _hear(self, message: FromEngine) -> None:
         match message:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from app import errors
-from app.engine.jobs import Job, Row, age
+from app.engine.jobs import Job, Row, Source, age
 from app.engine.messages import Done, Preview
 from app.errors import Problem
 
@@ -85,6 +85,7 @@ class Pending:
     row: Row
     ticket: Ticket
     engine: int | None
+    source: Source | None = None
     has_begun: bool = False
     steps: int = 0
     deaths: int = 0
@@ -131,10 +132,13 @@ class Queue:
         """The engines that have a job on which another has died."""
         return {each.engine for each in self._pending.values() if each.deaths and each.engine is not None}
 
-    def put(self, jobs: Sequence[Job], engines: Mapping[int, int], wants_steps: bool) -> Ticket:
-        """Take one request's jobs in. engines: of each, by id. wants_steps: its ticket tells of each step, too."""
+    def put(
+        self, jobs: Sequence[Job], engines: Mapping[int, int], wants_steps: bool, source: Source | None = None
+    ) -> Ticket:
+        """Take one request's jobs in. engines: of each, by id. wants_steps: its ticket tells of each step, too. source:
+        what they draw over."""
         ticket = Ticket(jobs, wants_steps)
-        self._pending.update({job.id: Pending(job, job.row(), ticket, engines[job.id]) for job in jobs})
+        self._pending.update({job.id: Pending(job, job.row(), ticket, engines[job.id], source) for job in jobs})
         return ticket
 
     def remove(self, ticket: Ticket) -> dict[int, list[int]]:
@@ -151,8 +155,8 @@ class Queue:
         for id in ids:
             if (pending := self._pending.get(id)) is not None:
                 pending.has_begun = True
-                pending.row = replace(pending.row, steps_left=pending.row.steps_left - 1)
-                step = pending.job.steps - pending.row.steps_left
+                pending.row = replace(pending.row, steps_left=pending.row.steps_left - 1, is_encoded=True)
+                step = len(pending.job.path) - pending.row.steps_left
                 if step > pending.steps:
                     pending.steps = step
                     if pending.ticket.wants_steps:
