@@ -48,9 +48,7 @@ class Generate(EngineSettings):
     height: int | None = Field(None, description="pixels; the model's own size if absent")
     image: Path | None = Field(None, description="a PNG, JPEG or WebP file to draw over")
     mask: Path | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
-    strength: float | None = Field(
-        None, gt=0, le=1, description="how much is drawn over; 0.75 if absent, with a mask 1"
-    )
+    strength: float | None = Field(None, gt=0, le=1, description="how much is redrawn; 0.75 if absent, with a mask 1")
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
 
@@ -90,7 +88,7 @@ class Generate(EngineSettings):
 def _read(path: Path | None, decode: Callable[[Image.Image], uploads.Bitmap], name: str) -> uploads.Bitmap | None:
     """A picture file's pixels. Exits with a sentence where there are none."""
     try:
-        return path and decode(uploads.open_file(path.read_bytes(), name))
+        return None if path is None else decode(uploads.open_file(path.read_bytes(), name))
     except OSError as error:
         sys.exit(f"{path} cannot be read: {error.strerror}")
     except Problem as error:
