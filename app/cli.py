@@ -48,9 +48,7 @@ class Generate(EngineSettings):
     height: int | None = Field(None, description="pixels; the model's own size if absent")
     image: Path | None = Field(None, description="a PNG, JPEG or WebP file to draw over")
     mask: Path | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
-    strength: float | None = Field(
-        None, gt=0, le=1, description="how much is drawn over; 0.75 if absent, with a mask 1"
-    )
+    strength: float | None = Field(None, gt=0, le=1, description="how much is redrawn; 0.75 if absent, with a mask 1")
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
 

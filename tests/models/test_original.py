@@ -47,7 +47,7 @@ def theirs(registry: Registry, name: str, seed: int, strength: float, mask: bool
 @pytest.mark.parametrize(("name", "strength"), GRID)
 def test_each_start_of_each_variant_has_diffusers_latents(pipeline, registry, name, strength, mask):
     original = pipeline.look(oracle.IMAGE, mask)
-    ours = pipeline.sample(*parts(registry, name), [PROMPT], [3], 128, 128, original, strength)[0]
+    ours = pipeline.sample(*parts(registry, name), [PROMPT], [3], 128, 128, original=original, strength=strength)[0]
     torch.testing.assert_close(ours, theirs(registry, name, 3, strength, mask is not None), **LATENTS)
 
 
@@ -55,7 +55,7 @@ def test_each_start_of_each_variant_has_diffusers_latents(pipeline, registry, na
 @pytest.mark.parametrize("name", UNETS)
 def test_and_diffusers_pixels(pipeline, registry, name, mask):
     original = pipeline.look(oracle.IMAGE, mask)
-    pixels, _ = pipeline.draw(*parts(registry, name), [PROMPT], [3], 128, 128, original, 0.5)
+    pixels, _ = pipeline.draw(*parts(registry, name), [PROMPT], [3], 128, 128, original=original, strength=0.5)
     expected = (theirs(registry, name, 3, 0.5, mask is not None, "np") * 255).round().int()
     assert (pixels[0].int() - expected).abs().max() <= 1
 
