@@ -64,8 +64,8 @@ def draw_over(
     kind = StableDiffusionXLInpaintPipeline if with_mask else StableDiffusionXLImg2ImgPipeline
     pipeline = kind(**diffusers_pipeline(name).components)
     pipeline.set_progress_bar_config(disable=True)
-    begin = {"num_inference_steps": FAMILY.variants[name].steps, "strength": strength}
-    if FAMILY.variants[name].steps <= 2 and strength < 1:
+    begin = {"num_inference_steps": FAMILY.variants[name].steps[0], "strength": strength}
+    if FAMILY.variants[name].steps[0] <= 2 and strength < 1:
         count = len(timesteps)
         begin = {"timesteps": [999.0, *timesteps], "strength": (count + 0.5) / (count + 1)}
     mask = {"mask_image": Image.fromarray(MASK.numpy()), "height": 128, "width": 128} if with_mask else {}

@@ -65,7 +65,7 @@ def test_rows_of_all_kinds_share_calls_and_each_has_the_latents_it_has_alone(pip
     """One row from a prompt, and one of each start with a mask and without, all in one call from their first step on,
     so that the batch's rows stand at different steps and some leave before others."""
     unet, schedule = parts(registry, name)
-    conditioning = pipeline.encode([PROMPT])[0]
+    conditioning = pipeline.prompts.encode([PROMPT])[0]
     rows: list[tuple[int, float, bool, range]] = []
     latents, kept = list[Tensor](), list[Kept | None]()
     for strength, path in starts(STEPS[name]).items():
