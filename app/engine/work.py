@@ -53,8 +53,9 @@ def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[bytes], list[b
 
 def _begin(pipeline: Pipeline, schedule: Schedule, row: Running) -> tuple[Tensor, Kept | None]:
     job = row.job
-    if row.original is None or job.strength is None:
+    if job.strength is None:
         return pipeline.noise(job.seed, job.height, job.width, schedule), None
+    assert row.original is not None, "encoded before its first step"
     return row.original.begin(pipeline.device, job.seed, schedule.table[job.path[0], 1], job.strength)
 
 
