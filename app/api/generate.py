@@ -21,7 +21,15 @@ PICTURE = {"content": {media: {} for media in images.MEDIA_TYPES.values()}, "des
 REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 
 
-@router.post("/generate", response_model=GenerateResponse, responses={200: PICTURE, **REFUSALS})
+FORM = {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    responses={200: PICTURE, **REFUSALS},
+    openapi_extra={"requestBody": FORM},
+)
 async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures. The answer is JSON, or the bare picture where the Accept header asks for image/* (n = 1)."""
     bare = choose_format(", ".join(request.headers.getlist("accept")), body)

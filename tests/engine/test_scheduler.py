@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as replace_cost
@@ -66,12 +67,12 @@ def test_a_picture_to_draw_over_is_encoded_alone_for_all_its_rows_and_in_its_tur
 def test_a_picture_to_draw_over_is_priced_once_for_all_its_rows_until_it_is_encoded():
     costs = replace_cost(LINEAR, picture=0.5)
     words, over = [row(id) for id in (1, 2)], [row(id, is_encoded=False, source=1) for id in (1, 2)]
-    assert costs.work(over) == costs.work(words) + 0.5
-    assert costs.alone(over[1]) == costs.alone(words[1]) + 0.5  # each waits for it
-    assert costs.work([replace(each, is_encoded=True) for each in over]) == costs.work(words)
-    assert costs.scaled(2).work(over) == 2 * costs.work(over)
-    larger = [replace(each, height=256) for each in over[:1]]
-    assert costs.work(larger) - costs.work([replace(each, source=None) for each in larger]) == 1.0
+    assert costs.work(over) == pytest.approx(costs.work(words) + 0.5)
+    assert costs.alone(over[1]) == pytest.approx(costs.alone(words[1]) + 0.5)  # each waits for it
+    assert costs.work([replace(each, is_encoded=True) for each in over]) == pytest.approx(costs.work(words))
+    assert costs.scaled(2).work(over) == pytest.approx(2 * costs.work(over))
+    larger = replace(over[0], height=256)
+    assert costs.work([larger]) == pytest.approx(costs.work([replace(larger, source=None)]) + 1.0)
 
 
 def test_a_guided_picture_takes_two_rows_of_the_batch():

@@ -17,7 +17,8 @@ PROMPT = "yellow banana, green background"
 LATENTS = {"rtol": 0, "atol": 1e-4}
 STEPS = {name: variant.steps for name, variant in oracle.FAMILY.variants.items()}
 UNETS = [name for name, variant in oracle.FAMILY.variants.items() if variant.kind == "unet"]
-GRID = [(name, strength) for name, steps in STEPS.items() for strength in starts(steps)]
+LORAS = [name for name in STEPS if name not in UNETS]
+GRID = [(name, strength) for name in UNETS for strength in starts(STEPS[name])] + [(name, 0.5) for name in LORAS]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_rows_of_all_kinds_share_calls_and_each_has_the_latents_it_has_alone(pip
     """One row from a prompt, and one of each start with a mask and without, all in one call from their first step on,
     so that the batch's rows stand at different steps and some leave before others."""
     unet, schedule = parts(registry, name)
-    conditioning = pipeline.encode([PROMPT])[0]
+    conditioning = pipeline.prompts.encode([PROMPT])[0]
     rows: list[tuple[int, float, bool, range]] = []
     latents, kept = list[Tensor](), list[Kept | None]()
     for strength, path in starts(STEPS[name]).items():
