@@ -138,7 +138,7 @@ def _strength(order: Order, variant: Variant) -> float | None:
     default = STRENGTH if order.mask is None else STRENGTH_OF_A_MASK
     strength = snap(default if order.strength is None else order.strength, variant.steps)
     if strength is None:
-        detail = f"{variant.name} draws over an image with a strength of {spelled(variant.steps)}, and nothing between"
+        detail = f"{variant.name} draws over an image at strengths {spelled(variant.steps)}, and none below"
         raise Problem(errors.INVALID, detail, "strength")
     return strength
 

@@ -104,10 +104,11 @@ def test_what_float16_cannot_hold_is_encoded_in_float32(pipeline):
     assert other.look(oracle.IMAGE).mean.isfinite().all()
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("steps", range(1, 101))
 def test_every_strength_of_a_grid_means_itself_and_is_spelled_so(steps):
     assert [snap(strength, steps) for strength in starts(steps)] == list(starts(steps))
-    assert [snap(float(each), steps) for each in spelled(steps).split(", ")] == list(reversed(starts(steps)))
+    if steps <= 8:
+        assert [snap(float(each), steps) for each in spelled(steps).split(", ")] == list(reversed(starts(steps)))
 
 
 @pytest.mark.parametrize(
