@@ -45,6 +45,8 @@ def draw(settings: EngineSettings, order: Order, output: Path) -> int:
     if not valid.all():
         sys.exit(f"no picture was written: {variant} made a blank or undefined picture; try another seed or variant")
     parameters = {"Steps": job.steps, "Seed": job.seed, "Model": f"sdxl-lightning-{variant}"}
+    if job.strength is not None:
+        parameters["Denoising strength"] = job.strength
     drawn = pixels[0].numpy().tobytes()
     if order.image and order.mask:
         drawn = keep(drawn, order.image, order.mask)

@@ -141,7 +141,7 @@ def _strength(order: Order, variant: Variant, steps: int) -> float | None:
     default = STRENGTH if order.mask is None else STRENGTH_OF_A_MASK
     strength = snap(default if order.strength is None else order.strength, steps)
     if strength is None:
-        detail = f"{variant.name} draws over an image with a strength of {spelled(steps)}, and nothing between"
+        detail = f"{variant.name} draws over an image at strengths {spelled(steps)}, and none below"
         raise Problem(errors.INVALID, detail, "strength")
     return strength
 

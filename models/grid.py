@@ -10,6 +10,8 @@ from functools import cache
 # Timesteps of the paths that trailing spacing does not have, by step count: each goes down by 1000 / N.
 BESIDE: dict[int, tuple[tuple[int, ...], ...]] = {1: ((749,), (499,), (249,)), 2: ((749, 249),)}
 
+MOST_SPELLED = 8
+
 
 @cache
 def starts(steps: int) -> dict[float, range]:
@@ -24,10 +26,11 @@ def starts(steps: int) -> dict[float, range]:
 
 def snap(strength: float, steps: int) -> float | None:
     """The largest strength of the grid that is not above this one, as diffusers rounds; None below the least."""
-    parts = len(starts(steps))
-    return next((each for each in starts(steps) if int(parts * strength) >= round(parts * each)), None)
+    return next((each for each in starts(steps) if each <= strength + 1e-9), None)
 
 
 def spelled(steps: int) -> str:
     """The strengths there are, in words; rounded up where they must be, so that each means itself."""
+    if steps > MOST_SPELLED:
+        return f"k/{steps} for k = 1 to {steps}"
     return ", ".join(f"{math.ceil(each * 1e4) / 1e4:g}" for each in reversed(starts(steps)))

@@ -33,7 +33,15 @@ PICTURE = {"content": {media: {} for media in MEDIA}, "description": "the pictur
 REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 
 
-@router.post("/generate", response_model=GenerateResponse, responses={200: PICTURE, **REFUSALS})
+FORM = {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    responses={200: PICTURE, **REFUSALS},
+    openapi_extra={"requestBody": FORM},
+)
 async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures. The answer is JSON; the bare picture where the Accept header asks for image/* (n = 1); or, with
     `stream`, server-sent events: `queued` (ahead: pictures; starts_in_s), again where nothing else happens for 5 s;

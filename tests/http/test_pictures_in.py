@@ -294,3 +294,26 @@ def test_a_large_body_holds_no_more_values_than_a_small_one(server):
 def test_a_bad_picture_takes_no_neighbour_with_it_and_none_is_on_disk_or_in_the_log(server):
     assert post(server, image=b64(PNG), steps=1).status_code == 200
     assert b64(PNG)[:40] not in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://evil.example", "sec-fetch-site": "cross-site"}, 403),
+        ({"origin": "https://behind.a.proxy", "sec-fetch-site": "same-origin"}, 200),
+        ({}, 200),
+    ],
+)
+def test_a_form_of_a_foreign_page_which_no_browser_asks_about_first_is_refused(server, sent, status):
+    body, headers = form(PROMPT_PART, ("steps", "", b"1"))
+    response = httpx.post(f"{server.url}/generate", content=body, headers={**headers, **sent}, timeout=60, verify=PLAIN)
+    assert response.status_code == status
+
+
+def test_a_form_of_the_servers_own_page_is_served(server):
+    body, headers = form(PROMPT_PART, ("steps", "", b"1"))
+    own = {**headers, "origin": server.url}
+    response = httpx.post(f"{server.url}/generate", content=body, headers=own, timeout=60, verify=PLAIN)
+    assert response.status_code == 200
