@@ -13,7 +13,7 @@ from fastapi.sse import format_sse_event
 from app import images
 from app.api import sse
 from app.api.accept import check_stream, choose_format
-from app.api.deps import Parts, PartsDep
+from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import Drawn, draw, finish, preview_file, watch
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse, Image
@@ -38,7 +38,7 @@ async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> 
     `preview` (index, seed, step, steps, width, height, b64_json) after each step but the last, the newest for who reads
     slowly; and `result`, which is the JSON, or `error`, a problem with retry_after."""
     accept = ", ".join(request.headers.getlist("accept"))
-    order = _order(body, request.client.host if request.client else "")
+    order = _order(body, owner_of(request))
     with named(width="size", height="size") if body.size else named():
         if body.stream:
             check_stream(accept)
@@ -92,7 +92,8 @@ async def _events(body: GenerateRequest, order: Order, request: Request, parts: 
                     yield _event("preview", _preview(list(jobs).index(id), jobs[id], event, file))
                 case Done(id):
                     done[id] = event
-    drawn = await finish(list(jobs.values()), [done[id] for id in jobs], body.output_format, body.quality, start, parts)
+    pictures = list(jobs.values()), [done[id] for id in jobs]
+    drawn = await finish(order, *pictures, body.output_format, body.quality, start, parts)
     yield format_sse_event(event="result", data_str=_json(request, drawn))
 
 
@@ -125,7 +126,7 @@ def _json(request: Request, drawn: Drawn) -> str:
         width=first.done.width,
         height=first.done.height,
         prompt_tokens=first.done.tokens,
-        prompt_truncated=first.done.truncated,
+        prompt_truncated=drawn.prompt_truncated,
         images=[Image(b64_json=base64.b64encode(each.file).decode(), seed=each.job.seed) for each in drawn.pictures],
         timings_ms=drawn.timings_ms,
         batch_sizes=first.done.batches,

@@ -18,7 +18,6 @@ from pydantic_core import PydanticCustomError
 from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-STEPS = (1, 2, 4, 8)
 
 
 class GenerateRequest(BaseModel):
@@ -83,12 +82,8 @@ class GenerateRequest(BaseModel):
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
             raise _refusal("prompt", "must have a character that can be seen")
-        if self.steps is not None and self.steps not in STEPS:
-            raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
         if self.size and (self.width or self.height):
             raise _refusal("size", "cannot be given together with width or height")
-        if self.seed is not None and self.seed + self.n > SEED_LIMIT:
-            raise _refusal("seed", f"must be at most {SEED_LIMIT - self.n} for n = {self.n}, as picture k has seed + k")
         return self
 
 
@@ -123,13 +118,14 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it. reason: why it failed, where it did."""
+    """A variant in OpenAI's list format, with ours beside it. steps: None where they may be chosen. reason: why it
+    failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: int
+    steps: int | None
     state: str
     resident_bytes: int
     reason: str | None = None
@@ -169,3 +165,18 @@ class ProblemBody(BaseModel):
     code: str
     field: str | None = None
     request_id: str | None = None
+
+
+class OpenAIFault(BaseModel):
+    """What OpenAI's SDKs read of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(BaseModel):
+    """An error in OpenAI's shape."""
+
+    error: OpenAIFault
