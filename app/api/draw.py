@@ -67,7 +67,7 @@ async def finish(
     request: Request,
     parts: Parts,
 ) -> Drawn:
-    """Files of an order's pictures. start: when it came, on the monotonic clock."""
+    """Make the files of what was drawn. start: when the order came, on the monotonic clock."""
     encoding = time.monotonic()
     variant = parts.family.variants[jobs[0].weights.variant]
     drawn = zip(jobs, done, strict=True)
