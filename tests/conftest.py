@@ -80,15 +80,17 @@ class ServerProcess:
 
     @contextmanager
     def stopped_engine(self) -> Iterator[psutil.Process]:
-        """Keep the engine from working, so that what arrives meanwhile is in it together, however slow the machine.
-        Not for longer than the server waits for an engine that hangs: 20 s."""
-        engine = self.engine()
-        engine.suspend()
+        """Keep every engine from working, so that what arrives meanwhile is in them together, however slow the machine.
+        Not for longer than the server waits for an engine that hangs: 20 s. Yields the first."""
+        engines = self.engines()
+        for engine in engines:
+            engine.suspend()
         try:
-            yield engine
+            yield engines[0]
         finally:
-            with suppress(psutil.NoSuchProcess):
-                engine.resume()
+            for engine in engines:
+                with suppress(psutil.NoSuchProcess):
+                    engine.resume()
 
     def in_engine(self) -> float:
         """Pictures that the engine has and that somebody waits for."""
@@ -97,13 +99,14 @@ class ServerProcess:
 
     def engine(self) -> psutil.Process:
         """The engine process."""
-        return self._engines()[0]
+        return self.engines()[0]
 
     def has_engine(self) -> bool:
         """Whether there is one, at whatever stage."""
-        return bool(self._engines())
+        return bool(self.engines())
 
-    def _engines(self) -> list[psutil.Process]:
+    def engines(self) -> list[psutil.Process]:
+        """All of them, in the order they were started."""
         found = []
         for child in psutil.Process(self.process.pid).children():
             with suppress(psutil.NoSuchProcess):  # it may end while we look

@@ -124,8 +124,7 @@ class Fleet:
     def work_seconds(self) -> dict[str, float]:
         """Seconds until each engine that serves has drawn what it has, by its name."""
         rows = self._queue.rows(len(self._engines))
-        loads = {engine.name: engine.load(rows[number]) for number, engine in self._open()}
-        return {name: load.seconds(load.rows) for name, load in loads.items()}
+        return {engine.name: engine.load(rows[number]).work for number, engine in self._open()}
 
     def gauge(self) -> None:
         """Bring the gauges up to date, before a scrape."""

@@ -3,12 +3,11 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from app.engine.costs import Costs
 from app.engine.jobs import Row
 from models.catalog import Weights
-
-ADDED = 4  # times the work a picture adds, beside what is queued: it delays those who come after it, too
 
 
 @dataclass(frozen=True)
@@ -21,46 +20,41 @@ class EngineLoad:
     switch: Mapping[Weights, float] = field(default_factory=dict)
     load: float = 0.0
 
-    def seconds(self, rows: Sequence[Row]) -> float:
-        """Until these would be drawn, the weights they need included."""
-        fetched = {row.weights for row in rows}
-        return self.costs.work(rows) + sum(self.switch.get(weights, self.load) for weights in fetched)
+    @cached_property
+    def work(self) -> float:
+        """Seconds of work queued here."""
+        return sum(seconds for _, seconds in self._parts.values())
+
+    def after(self, more: Sequence[Row]) -> float:
+        """The same with more rows, which all need the same weights."""
+        if not more:
+            return self.work
+        rows, seconds = self._parts.get(more[0].weights, ((), 0.0))
+        return self.work - seconds + self._seconds([*rows, *more])
+
+    @cached_property
+    def _parts(self) -> dict[Weights, tuple[list[Row], float]]:
+        """The rows by their weights, with their seconds: none shares a call with another part's."""
+        parts: defaultdict[Weights, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            parts[row.weights].append(row)
+        return {weights: (rows, self._seconds(rows)) for weights, rows in parts.items()}
+
+    def _seconds(self, rows: Sequence[Row]) -> float:
+        return self.costs.work(rows) + self.switch.get(rows[0].weights, self.load)
 
 
 def place(new: Sequence[Row], engines: Sequence[EngineLoad]) -> list[list[Row]]:
-    """The new rows for each engine. They are placed one by one, each where 4 * after - 3 * before is least: after and
-    before are the seconds of work queued there with it and without. That is when the row would be drawn, plus three
-    times the work it adds: little where it fills up a batch, much where its weights must be fetched first."""
+    """The rows of one request for each engine. They are placed one by one, each where 4 * after - 3 * before is least:
+    the seconds of work queued there with it and without. That is when the row would be drawn, plus three times the work
+    it adds: little where it fills up a batch, much where its weights must be fetched first."""
     if len(engines) == 1:
         return [list(new)]
-    queues = [_Queue(engine) for engine in engines]
     placed: list[list[Row]] = [[] for _ in engines]
     for row in new:
-        _, home = min((queue.seconds + ADDED * queue.added(row), index) for index, queue in enumerate(queues))
-        queues[home].add(row)
-        placed[home].append(row)
+        prices = [
+            4 * engine.after([*mine, row]) - 3 * engine.after(mine)
+            for engine, mine in zip(engines, placed, strict=True)
+        ]
+        placed[prices.index(min(prices))].append(row)
     return placed
-
-
-class _Queue:
-    """An engine's rows by weights, of which none shares a call with another's, so that only one part is priced anew."""
-
-    def __init__(self, engine: EngineLoad) -> None:
-        self._engine = engine
-        self._parts: defaultdict[Weights, list[Row]] = defaultdict(list)
-        for row in engine.rows:
-            self._parts[row.weights].append(row)
-        self._seconds = {weights: engine.seconds(rows) for weights, rows in self._parts.items()}
-        self.seconds = sum(self._seconds.values())
-
-    def added(self, row: Row) -> float:
-        """Seconds of work that a row would add."""
-        together = [*self._parts.get(row.weights, ()), row]
-        return self._engine.seconds(together) - self._seconds.get(row.weights, 0.0)
-
-    def add(self, row: Row) -> None:
-        """Take it in."""
-        added = self.added(row)
-        self._parts[row.weights].append(row)
-        self._seconds[row.weights] = self._seconds.get(row.weights, 0.0) + added
-        self.seconds += added
