@@ -151,7 +151,7 @@ def test_a_picture_that_cannot_be_encoded_fails_its_own_rows_only(pipeline):
 
 async def test_a_request_is_told_of_the_steps_that_are_taken(pipeline):
     queue, jobs = Queue(), [over(0, 0.5, 0)]
-    ticket = queue.put(jobs, wants_steps=True)
+    ticket = queue.put(jobs, {each.id: 0 for each in jobs}, wants_steps=True)
     assert [queue.rows[0].steps_left, queue.rows[0].is_encoded] == [2, False]
     for step in (1, 2):
         queue.stepped([0])

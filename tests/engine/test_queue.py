@@ -18,7 +18,7 @@ def job(id: int) -> Job:
 
 async def test_who_lags_misses_previews_and_nothing_else():
     queue, jobs = Queue(), [job(1), job(2)]
-    ticket = queue.put(jobs, wants_steps=False)
+    ticket = queue.put(jobs, {each.id: 0 for each in jobs}, wants_steps=False)
     done = [Done(each.id, "8step-unet", 128, 128, b"", {}, [], [], False) for each in jobs]
     for step in range(1, 8):
         queue.shown(Preview(1, step, 16, 16, b""))
