@@ -152,11 +152,11 @@ def test_a_picture_that_cannot_be_encoded_fails_its_own_rows_only(pipeline):
 async def test_a_request_is_told_of_the_steps_that_are_taken(pipeline):
     queue, jobs = Queue(), [over(0, 0.5, 0)]
     ticket = queue.put(jobs, {each.id: 0 for each in jobs}, wants_steps=True)
-    assert [queue.rows[0].steps_left, queue.rows[0].is_encoded] == [2, False]
+    assert (queue.rows(1)[0][0].steps_left, queue.rows(1)[0][0].is_encoded) == (2, False)
     for step in (1, 2):
         queue.stepped([0])
         assert await ticket.next() == Stepped(0, step)
-    assert [queue.rows[0].steps_left, queue.rows[0].is_encoded] == [0, True]
+    assert (queue.rows(1)[0][0].steps_left, queue.rows(1)[0][0].is_encoded) == (0, True)
 
 
 def test_a_cancelled_row_leaves_and_its_neighbours_stay(pipeline):
