@@ -57,7 +57,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self._admin_socket is not None and not self.should_exit:
             self._admin.load()
-            speak = partial(self._speak, self._admin, self.server_state, self.lifespan.state)
+            state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+            speak = partial(self._speak, config=self._admin, **state)
             self.servers.append(await asyncio.get_running_loop().create_server(speak, sock=self._admin_socket))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
