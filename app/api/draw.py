@@ -21,7 +21,7 @@ from app.engine.queue import Accepted, Event
 from app.errors import Problem
 from app.order import PROMPT_LIMIT, Limits, Order, resolve
 from app.traces import Trace
-from models.catalog import Variant
+from models.catalog import Family, Variant
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
 INLINE_PIXELS = 256 * 256
@@ -69,7 +69,8 @@ async def finish(
 ) -> Drawn:
     """Make the files of what was drawn. start: when the order came, on the monotonic clock."""
     encoding = time.monotonic()
-    variant = parts.family.variants[jobs[0].weights.variant]
+    family: Family = request.state.family  # as it was then: by now we may drain
+    variant = family.variants[jobs[0].weights.variant]
     drawn = zip(jobs, done, strict=True)
     files = [await make_file(order, variant, *each, output_format, quality) for each in drawn]
     end = time.monotonic()
@@ -88,6 +89,7 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     and Done for each picture. Raises Problem. Close this iterator to take the jobs out of the engine."""
     settings = parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
+    request.state.family = parts.family
     jobs = resolve(order, parts.family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
     trace: Trace | None = getattr(request.state, "trace", None)

@@ -136,7 +136,7 @@ async def _events(body: ImagesRequest, order: Order, request: Request, parts: Pa
                 case Preview(id, step) if (index := _index(step, len(jobs[id].path), body.partial_images)) is not None:
                     yield await _partial(body, jobs[id], index, event)
                 case Done(id):
-                    variant = parts.family.variants[jobs[id].weights.variant]
+                    variant = request.state.family.variants[jobs[id].weights.variant]
                     yield await _completed(body, order, variant, jobs[id], event)
 
 

