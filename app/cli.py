@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
 from app import logs, uploads
+from app.engine.process import QUIET
 from app.errors import Problem
 from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
@@ -66,6 +67,8 @@ class Generate(EngineSettings):
 
     def cli_cmd(self) -> None:
         """Draw and save."""
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         from app.offline import draw  # torch is imported here, and only for this command
 
         order = Order(
