@@ -21,18 +21,17 @@ from app.api.compat import (
     Tolerant,
     as_base64,
     as_json,
-    refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import Drawn, Picture, draw, parameters
 from app.api.problems import declare, named
+from app.api.schemas import refusal
 from app.engine.jobs import Job
 from app.errors import Problem
 from app.http.limits import LimitedRoute
 from app.order import DEFAULT_STEPS, Order
 from app.settings import ANY_STEPS
-from models.catalog import CATALOG
 
 router = APIRouter(tags=["A1111"])
 drawing = APIRouter(prefix="/sdapi/v1", route_class=CompatRoute, tags=["A1111"])
@@ -129,7 +128,7 @@ class Txt2Img(Tolerant):
         """What is asked for. Raises Problem where there is no such checkpoint."""
         checkpoint = self.override_settings.sd_model_checkpoint or parts.chosen.get("checkpoint")
         name = variant_of(checkpoint, parts)
-        variants = CATALOG[parts.fleet.require_ready().family].variants
+        variants = parts.family.variants
         has_weights = self.steps in {each.steps for each in variants.values()}
         steps = None if name else self.steps if has_weights else DEFAULT_STEPS
         declared = variants[name or f"{steps}step-unet"].guidance
@@ -193,7 +192,7 @@ async def set_options(body: Settings, parts: PartsDep) -> None:
 @router.get("/sdapi/v1/sd-models", responses=declare(503))
 async def sd_models(parts: PartsDep) -> list[dict[str, str | None]]:
     """The model as a whole, whose variant follows from the steps, and every variant."""
-    names = (ANY_STEPS, *CATALOG[parts.fleet.require_ready().family].variants)
+    names = (ANY_STEPS, *parts.family.variants)
     nothing = dict.fromkeys(("hash", "sha256", "config"))
     return [{"title": name, "model_name": name, "filename": f"{name}.safetensors", **nothing} for name in names]
 

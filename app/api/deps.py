@@ -10,6 +10,7 @@ from app.engine.fleet import Fleet
 from app.keys import Key
 from app.metrics import Metrics
 from app.settings import Settings
+from models.catalog import CATALOG, Family
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Parts:
     settings: Settings
     metrics: Metrics
     chosen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        """What is served. Raises Problem while nothing is."""
+        return CATALOG[self.fleet.require_ready().family]
 
 
 def install(app: FastAPI, parts: Parts) -> None:

@@ -17,7 +17,6 @@ from app.engine.messages import Done
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
 from app.order import PROMPT_LIMIT, Limits, Order, resolve
-from models.catalog import CATALOG
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
 INLINE_PIXELS = 256 * 256
@@ -60,9 +59,9 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
 async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
     """What becomes of an order: Accepted, Stepped where that is wanted, and Done for each picture. Raises Problem.
     Close this iterator to take the jobs out of the engine."""
-    family, settings = CATALOG[parts.fleet.require_ready().family], parts.settings
+    settings = parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
-    jobs = resolve(order, family, limits, time.monotonic())
+    jobs = resolve(order, parts.family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
     async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
         async for event in events:

@@ -23,13 +23,12 @@ from app.api.compat import (
     Tolerant,
     as_base64,
     as_json,
-    refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import draw, make_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
-from app.api.schemas import OutputFormat
+from app.api.schemas import OutputFormat, refusal
 from app.engine.jobs import Job
 from app.engine.messages import Done
 from app.engine.queue import Accepted
