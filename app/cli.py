@@ -126,7 +126,7 @@ class Keys(Variables):
     api_keys_file: Path = Field(description="the file to append to; it is made if it is not there")
     rpm: int | None = Field(None, ge=1, le=1_000_000, description="requests a minute; by default any number")
     in_flight: int | None = Field(
-        None, ge=1, le=1_000_000, description="pictures accepted and not finished; by default any number"
+        None, ge=1, le=1_000_000, description="pictures accepted and not finished; kept in the file, not enforced yet"
     )
 
     def cli_cmd(self) -> None:

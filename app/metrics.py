@@ -25,10 +25,8 @@ class Metrics:
             "sdxl_requests_without_key", "Requests without a valid key, where keys are needed.", registry=registry
         )
         self.images = Counter("sdxl_images", "Pictures drawn.", ["variant"], registry=registry)
-        self.waiting = Gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.", registry=registry)
-        self.running = Gauge(
-            "sdxl_images_running", "Pictures between their first step and their answer.", registry=registry
-        )
+        self.waiting = self._gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.")
+        self.running = self._gauge("sdxl_images_running", "Pictures between their first step and their answer.")
         self.queue = self._seconds("sdxl_queue_seconds", "Time from the engine's inbox to the first step.")
         self.stages = {
             "encode": self._seconds("sdxl_encode_seconds", "One call of the text encoders."),

@@ -9,16 +9,20 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import pytest
 
+if TYPE_CHECKING:
+    from playwright.async_api import Page
+
 ROOT = Path(__file__).parent.parent
+TOOLS = Path(os.environ.get("TOOLS", ROOT / ".venv" / "tools"))  # of make .venv/tooled
 EMBEDDED = ROOT / "models" / "embedded"
 APPLE = {"prompt": "a red apple on a blue background", "steps": 4, "seed": 7}
 START_S = 120  # to wait for a server: a shared machine of 2 cores
@@ -170,6 +174,22 @@ def needed(what: str, package: str) -> str:
         reason = f"{what} is not installed (Debian: apt-get install {package})"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     return found
+
+
+@asynccontextmanager
+async def browser_page(**options: object) -> AsyncIterator["Page"]:
+    """A page in a browser of its own. options: of Playwright's new_context()."""
+    from playwright.async_api import async_playwright  # half a second, which few tests need
+
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=needed("chromium", "chromium"),
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
+        )
+        page = await (await browser.new_context(**options)).new_page()
+        page.set_default_timeout(120_000)  # milliseconds: a browser needs both cores of a shared machine
+        yield page
+        await browser.close()
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:

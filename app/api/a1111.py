@@ -19,12 +19,12 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
-    refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import Drawn, Picture, as_base64, as_json, draw, parameters
 from app.api.problems import declare, named
+from app.api.schemas import refusal
 from app.engine.jobs import Job
 from app.errors import Problem
 from app.http.limits import LimitedRoute

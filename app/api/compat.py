@@ -3,10 +3,10 @@
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from app import errors
 from app.api.deps import Parts
+from app.api.schemas import refusal
 from app.errors import Problem
 from app.http.limits import DrawingRoute
 from app.order import SEED_LIMIT, is_blank
@@ -41,11 +41,6 @@ def _visible(prompt: str) -> str:
 
 Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_visible)]
 Seed = Annotated[int, Field(lt=SEED_LIMIT)]
-
-
-def refusal(field: str, text: str) -> PydanticCustomError:
-    """What a model's validator raises: the sentence, and the field that it is about."""
-    return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
 
 
 def variant_of(model: str | None, parts: Parts) -> str | None:

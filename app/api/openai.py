@@ -21,13 +21,12 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
-    refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import as_base64, as_json, draw, make_file, preview_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
-from app.api.schemas import OutputFormat
+from app.api.schemas import OutputFormat, refusal
 from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Waiting

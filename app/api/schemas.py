@@ -87,24 +87,23 @@ class GenerateRequest(BaseModel):
             return data
         known = {name: value for name, value in data.items() if value is not None or name not in NAMES}
         for name in known.keys() - NAMES:
-            raise _refusal(
-                name.encode(errors="replace").decode(), "there is no such field"
-            )  # with lone surrogates, too
+            raise refusal(name.encode(errors="replace").decode(), "there is no such field")  # with lone surrogates, too
         return known
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
-            raise _refusal("prompt", "must have a character that can be seen")
+            raise refusal("prompt", "must have a character that can be seen")
         if self.size and (self.width or self.height):
-            raise _refusal("size", "cannot be given together with width or height")
+            raise refusal("size", "cannot be given together with width or height")
         return self
 
 
 NAMES = {*GenerateRequest.model_fields, "num_inference_steps", "model"}
 
 
-def _refusal(field: str, text: str) -> PydanticCustomError:
+def refusal(field: str, text: str) -> PydanticCustomError:
+    """What a model's validator raises: the sentence, and the field that it is about."""
     return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
 
 

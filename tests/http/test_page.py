@@ -2,20 +2,18 @@
 
 import base64
 import io
-import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page
 
-from tests.conftest import ROOT, needed
+from tests.conftest import TOOLS, browser_page, needed
 
-AXE = Path(os.environ.get("TOOLS", ROOT / ".venv" / "tools")) / "node_modules" / "axe-core" / "axe.min.js"
+AXE = TOOLS / "node_modules" / "axe-core" / "axe.min.js"
 DRAWN = "#pictures figure:not(.waits) img"
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True}
 APPLE = "a red apple on a blue background"
@@ -26,20 +24,13 @@ BYTES = "async (image) => [...new Uint8Array(await (await fetch(image.src)).arra
 @asynccontextmanager
 async def opened(url: str, **options: object) -> AsyncIterator[Page]:
     """The page in a browser of its own, ready to be typed into. No error may reach its console."""
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=needed("chromium", "chromium"),
-            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
-        )
-        page = await (await browser.new_context(**options)).new_page()
-        page.set_default_timeout(120_000)  # milliseconds: a browser needs both cores of a shared machine
+    async with browser_page(**options) as page:
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda told: errors.append(told.text) if "Security Policy" in told.text else None)
         await page.goto(url)
         await page.locator("#server", has_text="embedded").wait_for()
         yield page
-        await browser.close()
         assert errors == []
 
 

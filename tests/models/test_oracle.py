@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from models.catalog import Weights
-from models.device import Device, Tier
+from models.device import Device
 from models.modules import UNetFunction
 from models.pipeline import Pipeline
 from models.registry import Registry
@@ -22,19 +22,6 @@ from tests.models import oracle
 PROMPTS = ("a red apple on a blue background", "yellow banana, green background", "something it has never seen", "")
 VARIANTS = tuple(oracle.FAMILY.variants)
 LATENTS = {"rtol": 0, "atol": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return Pipeline(WeightStore(oracle.FAMILY), Device(), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def registry() -> Registry:
-    registry = Registry(WeightStore(oracle.FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)])
-    for name in VARIANTS:
-        registry.load(Weights(name))
-    return registry
 
 
 def draw(pipeline: Pipeline, registry: Registry, name: str, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

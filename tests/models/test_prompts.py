@@ -7,10 +7,9 @@ from compel.embeddings_provider import SplitLongTextMode
 from torch import Tensor
 
 from models.catalog import Weights
-from models.device import Device, Tier
+from models.device import Device
 from models.pipeline import Pipeline
 from models.prompts import Conditioning
-from models.registry import Registry
 from models.weights import WeightStore
 from tests.models import oracle
 
@@ -20,19 +19,6 @@ LONG = " ".join(
 )
 LATENTS = {"rtol": 0, "atol": 1e-4}
 VARIANTS = ("1step-unet", "4step-unet", "2step-lora")
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return Pipeline(WeightStore(oracle.FAMILY), Device(), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def registry() -> Registry:
-    registry = Registry(WeightStore(oracle.FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)])
-    for name in VARIANTS:
-        registry.load(Weights(name))
-    return registry
 
 
 @pytest.fixture(scope="module")
