@@ -127,8 +127,8 @@ class Family:
     """A base model and its variants: SDXL, the embedded miniature of it, or a user's own that is like one of them.
 
     default: the variant of a request that names neither variant nor steps. sha256: by part/file, or a file of the
-    catalog. A user's own has: like, whose sizes and layout it has; lent, the components that are not its own; root,
-    where its catalog lies; file, a checkpoint that holds IN_ONE_FILE, if it is one.
+    catalog. A user's own has: like, whose sizes and layout it has; lent, the components that it has from there;
+    root, where its catalog lies; file, a checkpoint that holds IN_ONE_FILE, if it is one.
     preview: the colours of its latents, as models.preview.to_rgb takes them.
     """
 
@@ -142,7 +142,7 @@ class Family:
     sha256: dict[str, str] = field(default_factory=dict)
     directory: Path | None = None
     like: "Family | None" = None
-    lent: Mapping[str, "Family"] = field(default_factory=dict)
+    lent: frozenset[str] = frozenset()
     root: Path = HERE
     file: Path | None = None
 
@@ -197,8 +197,10 @@ class _Own(msgspec.Struct, forbid_unknown_fields=True):
 
     def family(self, name: str, root: Path, variants: dict[str, Variant]) -> Family:
         """What the row declares. Raises ValueError where it contradicts itself."""
-        if name in CATALOG or self.like not in CATALOG:
-            raise ValueError(f"its name must not, and what it is like must, be one of {', '.join(CATALOG)}")
+        if name in CATALOG:
+            raise ValueError("there is one of this name already")
+        if self.like not in CATALOG:
+            raise ValueError(f"like must be one of {', '.join(CATALOG)}, not {self.like}")
         if [self.file, self.directory, self.repository].count(None) != 2:
             raise ValueError("it must have one of file, directory and repository")
         if self.file and not self.file.endswith(".safetensors"):
@@ -212,7 +214,10 @@ class _Own(msgspec.Struct, forbid_unknown_fields=True):
                 f"variant {loras[0]} would distil anew what is a Lightning merge already, as variant {merges[0]} says"
             )
         like = CATALOG[self.like]
-        components, lent = like.components, set(like.components) - set(IN_ONE_FILE) if self.file else set[str]()
+        components = like.components
+        lent = {"vae"} if self.vae else set()
+        if self.file:
+            lent |= components.keys() - set(IN_ONE_FILE)
         if self.repository:
             components = {
                 part: msgspec.structs.replace(each, folder=part, repository="own") for part, each in components.items()
@@ -228,7 +233,7 @@ class _Own(msgspec.Struct, forbid_unknown_fields=True):
             sha256=self.sha256,
             directory=root / self.directory if self.directory else None,
             like=like,
-            lent=dict.fromkeys(lent | {"vae"} if self.vae else lent, like),
+            lent=frozenset(lent),
             root=root,
             file=root / self.file if self.file else None,
         )

@@ -142,7 +142,7 @@ class WeightStore:
         for name in self.family.variants:
             try:
                 self.variant_file(name, download=False)
-            except MissingWeights:
+            except (MissingWeights, BadWeights):
                 continue
             here.append(name)
         return here

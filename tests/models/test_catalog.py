@@ -60,7 +60,7 @@ LORA = {"name": '"l"', "kind": '"lora"', "steps": "4", "file": '"l.safetensors"'
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"like": '"sd15"'}, "what it is like must, be one of sdxl, embedded"),
+        ({"like": '"sd15"'}, "like must be one of sdxl, embedded, not sd15"),
         ({"directory": '"x"'}, "one of file, directory and repository"),
         ({"file": '"x.ckpt"'}, "only safetensors"),
         ({"vae": '"sdxl"'}, "vae must be embedded"),
@@ -89,5 +89,5 @@ def test_what_is_no_catalog_is_refused_with_the_files_name(text):
 
 
 def test_our_names_cannot_be_taken():
-    with pytest.raises(BadCatalog, match="family sdxl: its name must not"):
+    with pytest.raises(BadCatalog, match="family sdxl: there is one of this name already"):
         families({"/x/models.toml": toml().replace("family.own", "family.sdxl")})
