@@ -53,6 +53,14 @@ def test_each_start_of_each_variant_has_diffusers_latents(pipeline, registry, na
 
 
 @pytest.mark.parametrize("mask", [None, oracle.MASK], ids=["img2img", "inpaint"])
+def test_a_guided_picture_over_another_has_diffusers_latents(pipeline, registry, mask):
+    over = {"original": pipeline.look(oracle.IMAGE, mask), "strength": 0.5, "negative": oracle.NEGATIVE, "guidance": 2}
+    ours = pipeline.sample(*parts(registry, "4step-unet"), [PROMPT], [3], 128, 128, **over)[0]
+    expected = oracle.draw_over("4step-unet", PROMPT, 3, 0.5, (), mask is not None, "latent", 2)
+    torch.testing.assert_close(ours, expected, **LATENTS)
+
+
+@pytest.mark.parametrize("mask", [None, oracle.MASK], ids=["img2img", "inpaint"])
 @pytest.mark.parametrize("name", UNETS)
 def test_and_diffusers_pixels(pipeline, registry, name, mask):
     original = pipeline.look(oracle.IMAGE, mask)
