@@ -18,6 +18,12 @@ class Metrics:
         self.requests = Counter(
             "sdxl_requests", "Requests by how they ended.", ["variant", "outcome"], registry=registry
         )
+        self.of_key = Counter(
+            "sdxl_key_requests", "Requests of each key by how they ended.", ["key", "outcome"], registry=registry
+        )
+        self.without_key = Counter(
+            "sdxl_requests_without_key", "Requests without a valid key, where keys are needed.", registry=registry
+        )
         self.images = Counter("sdxl_images", "Pictures drawn.", ["variant"], registry=registry)
         self.waiting = Gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.", registry=registry)
         self.running = Gauge(
