@@ -177,7 +177,7 @@ def needed(what: str, package: str) -> str:
 
 
 @asynccontextmanager
-async def browser_page(**options: object) -> AsyncIterator["Page"]:
+async def browser_page(**options: Any) -> AsyncIterator["Page"]:
     """A page in a browser of its own. options: of Playwright's new_context()."""
     from playwright.async_api import async_playwright  # half a second, which few tests need
 

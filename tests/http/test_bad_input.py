@@ -103,7 +103,9 @@ def test_null_means_the_same_as_absent(server):
     assert (response.status_code, response.json()["variant"]) == (200, "4step-unet")
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "text/xml", "multipart/mixed", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "text/xml", "multipart/mixed", "application/x-www-form-urlencoded"]
+)
 def test_anything_but_json_is_a_415(server, content_type):
     assert post(server, b'{"prompt": "x"}', content_type).status_code == 415
 
