@@ -124,7 +124,7 @@ class ServerProcess:
         samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in samples}
 
-    def log_lines(self) -> list[dict]:
+    def log_lines(self) -> list[dict[str, Any]]:
         """The server's log, line by line; what libraries print is left out."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
@@ -172,7 +172,9 @@ def needed(what: str, package: str) -> str:
     found = shutil.which(what) or (what if Path(what).exists() else None)
     if found is None:
         reason = f"{what} is not installed (Debian: apt-get install {package})"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
     return found
 
 
