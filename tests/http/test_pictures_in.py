@@ -76,6 +76,7 @@ def test_pictures_of_all_kinds_in_flight_together_are_those_drawn_alone(server):
     kinds = [{}, {"image": b64(PNG)}, {"image": b64(PNG), "mask": b64(MASK_PNG)}]
     asked = [{**kinds[k % 3], "seed": k // 3, **({"strength": 0.5} if k % 2 and k % 3 else {})} for k in range(12)]
     alone = [drawn(post(server, **fields)) for fields in asked]
+    server.wait_for_batches()
     with ThreadPoolExecutor(len(asked)) as pool:
         with server.stopped_engine():
             answers = [pool.submit(post, server, timeout=120, **fields) for fields in asked]
