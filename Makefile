@@ -55,7 +55,7 @@ bench-gpu:
 	@$(if $(wildcard .venv/developed),$(BIN)/python,$(PYTHON)) -m bench.gpu
 
 GPU_WHEELS := annotated.types|diffusers|fastapi|fastapi.offline|fpng|httptools|lazy.loader|msgspec|opentelemetry.api|\
-pydantic|pydantic.core|pydantic.settings|python.dotenv|starlette|typing.extensions|typing.inspection|uvicorn
+pydantic|pydantic.core|pydantic.settings|python.dotenv|python.multipart|starlette|typing.extensions|typing.inspection|uvicorn
 GPU_PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1
 bench-gpu-wheels:
 	@rm -f .whl/*.whl

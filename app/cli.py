@@ -4,14 +4,17 @@ verify), and keys (new)."""
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
-from app import logs
+from app import logs, uploads
+from app.errors import Problem
 from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
 from app.settings import PREFIX, EngineSettings, Settings, Variables
@@ -43,6 +46,9 @@ class Generate(EngineSettings):
     negative_prompt: str | None = Field(None, max_length=PROMPT_LIMIT, description="what to move away from")
     width: int | None = Field(None, description="pixels; the model's own size if absent")
     height: int | None = Field(None, description="pixels; the model's own size if absent")
+    image: Path | None = Field(None, description="a PNG, JPEG or WebP file to draw over")
+    mask: Path | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
+    strength: float | None = Field(None, gt=0, le=1, description="how much is redrawn; 0.75 if absent, with a mask 1")
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
 
@@ -72,8 +78,21 @@ class Generate(EngineSettings):
             seed=self.seed,
             width=self.width,
             height=self.height,
+            image=_read(self.image, uploads.picture, "image"),
+            mask=_read(self.mask, uploads.stencil, "mask"),
+            strength=self.strength,
         )
         print(f"{self.output} (seed {draw(self, order, self.output)})")
+
+
+def _read(path: Path | None, decode: Callable[[Image.Image], uploads.Bitmap], name: str) -> uploads.Bitmap | None:
+    """A picture file's pixels. Exits with a sentence where there are none."""
+    try:
+        return None if path is None else decode(uploads.open_file(path.read_bytes(), name))
+    except OSError as error:
+        sys.exit(f"{path} cannot be read: {error.strerror}")
+    except Problem as error:
+        sys.exit(f"{path}: {error}")
 
 
 class Models(EngineSettings):

@@ -75,6 +75,11 @@ SILENT = Cause(
     detail="the engine has not answered lately; ask again",
     retry_after=5,
 )
+BODIES = Cause(
+    *(503, "too_many_bodies", "refused", "Too many large requests at once", AGAIN),
+    detail="the large requests that are being served take all the memory that is set aside for them",
+    retry_after=5,
+)
 LOADING = Cause(
     503, "not_ready", "refused", "Not ready", AGAIN, detail="the variant is being loaded; ask again", retry_after=5
 )

@@ -13,12 +13,14 @@ from starlette.types import ASGIApp
 from app.api import a1111, deps, generate, health, huggingface, models, openai, page, problems
 from app.api.deps import Parts
 from app.engine.fleet import Fleet
+from app.http import limits
 from app.http.keys import Guard, Ring, refusal
 from app.http.ledger import Ledger
 from app.http.origins import ANY, EXPOSED, Origins, names
 from app.metrics import Metrics
 from app.settings import Settings, listed
 
+MIB = 2**20
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
 
 
@@ -47,6 +49,8 @@ def create_app(settings: Settings) -> FastAPI:
     open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
     drawing = (generate.router, openai.router, models.router, a1111.router, huggingface.router)
     _furnish(app, parts, [*drawing, *open_to_all])
+    body, bodies = (int(mib * MIB) for mib in (settings.max_body_mib, settings.max_bodies_mib))
+    limits.install(app, limits.Room(body, bodies, settings.min_upload_kb_s * 1000))
     # The last one added is the first that a request meets.
     if settings.api_keys_file is not None:
         ring, public = Ring(settings.api_keys_file, metrics), _create_public(parts, open_to_all)

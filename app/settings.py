@@ -140,6 +140,9 @@ class Settings(EngineSettings):
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
     max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
+    max_body_mib: float = Field(20.0, ge=0.0625, le=1024, description="a request with pictures in it, MiB")
+    max_bodies_mib: float = Field(200.0, ge=1, description="all such requests that are received or served, MiB")
+    min_upload_kb_s: float = Field(100.0, gt=0, description="the slowest that such a request may arrive, kB/s")
     size_policy: Literal["nearest", "strict"] = Field(
         "nearest",
         description="what the OpenAI, A1111 and Hugging Face routes do with a size that the model cannot draw: take "
@@ -179,6 +182,13 @@ class Settings(EngineSettings):
     def engine_config(self) -> EngineConfig:
         """With the log's level."""
         return msgspec.structs.replace(super().engine_config(), log_level=self.log_level)
+
+    @field_validator("max_bodies_mib")
+    @classmethod
+    def _covers_one(cls, value: float, info: ValidationInfo) -> float:
+        if value < info.data.get("max_body_mib", 0):
+            raise ValueError("must not be below MAX_BODY_MIB")
+        return value
 
     @field_validator("max_timeout_s")
     @classmethod

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from models.device import Device
-from models.modules import UNetFunction, load_decoder, load_text_encoders
+from models.grid import starts
+from models.modules import Encoder, UNetFunction, load_decoder, load_text_encoders
+from models.original import Kept, Original, put_back
 from models.prompts import Conditioning, Prompts, TextFunction
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
@@ -40,6 +42,7 @@ class Pipeline:
         self.prompts = Prompts(store, lambda *ids: self.text(*map(device.put, ids)))
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
+        self.encoder = Encoder(self.vae.vae, self.vae.scaling_factor, dtype)
         self.steps: dict[UNetFunction, Step] = {}
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
@@ -55,10 +58,14 @@ class Pipeline:
         width: int,
         negative: str | None = None,
         guidance: float = 1.0,
+        original: Original | None = None,
+        strength: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one.
-        negative, guidance: as in Conditioning, for all of them."""
-        latents = self.sample(unet, schedule, prompts, seeds, height, width, negative, guidance)
+        negative, guidance: as in Conditioning, for all of them. original: the picture that they are drawn over, with a
+        strength of models.grid.starts()."""
+        drawn_over = (negative, guidance, original, strength)
+        latents = self.sample(unet, schedule, prompts, seeds, height, width, *drawn_over)
         self.device.wait()
         return self.decode(list(latents))
 
@@ -72,6 +79,8 @@ class Pipeline:
         width: int,
         negative: str | None = None,
         guidance: float = 1.0,
+        original: Original | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
         """Their latents after the last step, (B, 4, h, w) float32."""
         found = self.prompts.encode(prompts)
@@ -79,9 +88,16 @@ class Pipeline:
             away = None if negative is None else self.prompts.encode([negative])[0]
             found = [self.prompts.guide(row, away, guidance) for row in found]
         conditioning = [self.project(unet, row) for row in found]
-        latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
-        for step in range(len(schedule.timesteps)):
-            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning)
+        path, kept = starts(len(schedule.timesteps))[strength], list[Kept | None]()
+        if original is None:
+            rows = [self.noise(seed, height, width, schedule) for seed in seeds]
+        else:
+            sigma = schedule.table[path[0], 1]
+            begun = [original.begin(self.device, seed, sigma, strength) for seed in seeds]
+            rows, kept = [latents for latents, _ in begun], [each for _, each in begun]
+        latents = torch.stack(rows)
+        for step in path:
+            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning, kept)
         return latents
 
     def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
@@ -91,6 +107,20 @@ class Pipeline:
         shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
         return self.device.put(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+
+    @torch.inference_mode()
+    def look(self, picture: Tensor, mask: Tensor | None = None) -> Original:
+        """A picture to draw over. picture: (H, W, 3) uint8 on the host. mask: (H, W) uint8, above 127 where it is drawn
+        anew. As in diffusers the UNet's latents take one pixel in eight of it. What float16 could not hold is encoded
+        once more in float32."""
+        pixels = self.device.put(picture)[None]
+        mean, std = self.encoder(pixels)
+        if self.dtype is torch.float16 and not (mean.isfinite() & std.isfinite()).all():
+            mean, std = self.encoder.in_float32()(pixels)
+        if mask is None:
+            return Original(mean[0], std[0])
+        seen = (mask[None, :: self.vae_scale, :: self.vae_scale] > 127).float()  # diffusers binarizes at a half
+        return Original(mean[0], std[0], self.device.put(seen))
 
     @torch.inference_mode()
     def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
@@ -110,12 +140,14 @@ class Pipeline:
         latents: Tensor,
         steps: Sequence[int],
         conditioning: Sequence[Conditioning],
+        kept: Sequence[Kept | None] = (),
     ) -> Tensor:
         """One step of every row, wherever each row stands. Waits for nothing on the host. A guided row is two of the
         UNet's.
 
-        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule.
+        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule's table.
         conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length.
+        kept: B, of those that inpaint.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
         guided = [index for index, row in enumerate(conditioning) if row.away is not None]
@@ -127,14 +159,13 @@ class Pipeline:
         time_ids = self._time_ids(height, width).repeat(len(rows), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
         moved = run(both, table, embeds, pooled, time_ids)
-        if not guided:
-            return moved
-        # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row of
-        # the UNet's depends on another, and graphs may split them as they like.
-        towards, away = moved[: len(latents)], moved[len(latents) :]
-        scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
-        towards[guided] = away + scale * (towards[guided] - away)
-        return towards
+        if guided:
+            # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row
+            # of the UNet's depends on another, and graphs may split them as they like.
+            moved, away = moved[: len(latents)], moved[len(latents) :]
+            scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
+            moved[guided] = away + scale * (moved[guided] - away)
+        return put_back(moved, kept, table[: len(latents), 2]) if any(kept) else moved
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

@@ -7,6 +7,7 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from models.catalog import Variant
+from models.grid import BESIDE
 
 # What the students were distilled with. No model directory's scheduler_config.json is read: it could change the sigmas.
 TRAINED = {
@@ -25,8 +26,9 @@ TRAINED = {
 class Schedule:
     """timesteps: (N,) float32. sigmas: (N + 1,) float32, the last one 0.
 
-    table: (N, 4) float32, what a row of a batch reads at its step: timestep, sigma, the next sigma, and 1 where the
-    UNet predicts the clean latents, else 0. As numbers, so that one CUDA graph serves every variant.
+    table: (N + M, 4) float32, what a row of a batch reads at its step: timestep, sigma, the next sigma, and 1 where the
+    UNet predicts the clean latents, else 0. As numbers, so that one CUDA graph serves every variant. Its last M rows
+    are the steps of models.grid.BESIDE.
     """
 
     timesteps: Tensor
@@ -50,8 +52,19 @@ def make_schedule(variant: Variant, steps: int) -> Schedule:
     timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
     if len(timesteps) != steps or sigmas[-1] != 0:
         raise ValueError(f"variant {variant.name}: the scheduler made {len(timesteps)} timesteps for {steps}")
-    predicts_sample = torch.full_like(timesteps, variant.prediction_type == "sample")
-    return Schedule(timesteps, sigmas, torch.stack([timesteps, sigmas[:-1], sigmas[1:], predicts_sample], dim=1))
+    paths = [_path(scheduler)]
+    for beside in BESIDE.get(steps, ()):
+        scheduler.set_timesteps(timesteps=list(beside))
+        paths.append(_path(scheduler))
+    table = torch.cat(paths)
+    predicts_sample = torch.full_like(table[:, :1], variant.prediction_type == "sample")
+    return Schedule(timesteps, sigmas, torch.cat([table, predicts_sample], dim=1))
+
+
+def _path(scheduler: EulerDiscreteScheduler) -> Tensor:
+    """(N, 3): timestep, sigma and the next sigma of each step."""
+    timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
+    return torch.stack([timesteps, sigmas[:-1], sigmas[1:]], dim=1)
 
 
 def model_input(latents: Tensor, sigma: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Typed access to what main.py assembled. Nothing else reads the application's state."""
+"""Typed access to what main.py assembled. Nothing else reads the application's state, but
+app.http.limits what it keeps there itself."""
 
 from dataclasses import dataclass, field
 from typing import Annotated

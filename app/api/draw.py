@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from app import errors, images
+from app import errors, images, uploads
 from app.api.deps import Parts
 from app.engine.jobs import Job
 from app.engine.messages import Done
@@ -49,7 +49,7 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
     start = time.monotonic()
     jobs, done = await _unless_the_client_leaves(request, _drawn(order, request, parts))
     encoding = time.monotonic()
-    files = [await make_file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
+    files = [await make_file(order, job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
     pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
@@ -64,7 +64,7 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
     jobs = resolve(order, family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
-    async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
+    async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps, order.source)) as events:
         async for event in events:
             yield event
 
@@ -106,7 +106,7 @@ async def _disconnect(request: Request) -> None:
 
 def parameters(job: Job, done: Done) -> dict[str, Any]:
     """What drew a picture, in the words of other tools."""
-    return {
+    found = {
         "Steps": job.steps,
         "Sampler": "Euler",
         "Schedule type": "SGM Uniform",  # what other tools call trailing timesteps
@@ -115,14 +115,21 @@ def parameters(job: Job, done: Done) -> dict[str, Any]:
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.weights.variant}",
     }
+    if job.strength is not None:
+        found["Denoising strength"] = job.strength
+    return found
 
 
-async def make_file(job: Job, done: Done, output_format: str, quality: int) -> bytes:
-    """A picture file of what was drawn."""
-    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters(job, done))
+async def make_file(order: Order, job: Job, done: Done, output_format: str, quality: int) -> bytes:
+    """A picture file of what was drawn, with what the order keeps of its image."""
+
+    def encode() -> bytes:
+        pixels = uploads.keep(done.pixels, order.image, order.mask) if order.image and order.mask else done.pixels
+        return images.encode(pixels, done.width, done.height, output_format, quality, parameters(job, done))
+
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
-        return images.encode(*arguments)
-    return await run_in_threadpool(images.encode, *arguments)
+        return encode()
+    return await run_in_threadpool(encode)
 
 
 def _timings(done: Sequence[Done], image: float, total: float) -> dict[str, float]:

@@ -5,32 +5,42 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
-from app import images
+from app import images, uploads
 from app.api.accept import choose_format
 from app.api.deps import PartsDep, owner_of
 from app.api.draw import Drawn, draw
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse, Image
-from app.http.limits import DrawingRoute
+from app.http.limits import PictureRoute
 from app.order import Order
+from app.uploads import Bitmap
 
-router = APIRouter(route_class=DrawingRoute)
+router = APIRouter(route_class=PictureRoute)
 
 PICTURE = {"content": {media: {} for media in images.MEDIA_TYPES.values()}, "description": "the pictures, or one bare"}
 REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 
 
-@router.post("/generate", response_model=GenerateResponse, responses={200: PICTURE, **REFUSALS})
+FORM = {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    responses={200: PICTURE, **REFUSALS},
+    openapi_extra={"requestBody": FORM},
+)
 async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures. The answer is JSON, or the bare picture where the Accept header asks for image/* (n = 1)."""
     bare = choose_format(", ".join(request.headers.getlist("accept")), body)
-    order = _order(body, owner_of(request))
+    image, mask = await uploads.read(body.image, body.mask)
+    order = _order(body, owner_of(request), image, mask)
     with named(width="size", height="size") if body.size else named():
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)
     return _picture(drawn, bare) if bare else _json(request, drawn)
 
 
-def _order(body: GenerateRequest, owner: str) -> Order:
+def _order(body: GenerateRequest, owner: str, image: Bitmap | None, mask: Bitmap | None) -> Order:
     width, height = (int(side) for side in body.size.split("x")) if body.size else (body.width, body.height)
     return Order(
         owner=owner,
@@ -44,6 +54,9 @@ def _order(body: GenerateRequest, owner: str) -> Order:
         width=width,
         height=height,
         timeout=body.timeout,
+        image=image,
+        mask=mask,
+        strength=body.strength,
     )
 
 
@@ -56,6 +69,8 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
         "X-Prompt-Truncated": str(picture.done.truncated).lower(),
         "Server-Timing": ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in drawn.timings_ms.items()),
     }
+    if picture.job.strength is not None:
+        headers["X-Strength"] = f"{picture.job.strength:g}"
     return Response(picture.file, media_type=images.MEDIA_TYPES[output_format], headers=headers)
 
 
@@ -67,10 +82,11 @@ def _json(request: Request, drawn: Drawn) -> Response:
         variant=first.job.weights.variant,
         width=first.done.width,
         height=first.done.height,
+        strength=first.job.strength,
         prompt_tokens=first.done.tokens,
         prompt_truncated=drawn.prompt_truncated,
         images=[Image(b64_json=base64.b64encode(each.file).decode(), seed=each.job.seed) for each in drawn.pictures],
         timings_ms=drawn.timings_ms,
         batch_sizes=first.done.batches,
     )
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

@@ -132,7 +132,7 @@ async def _streamed(body: ImagesRequest, order: Order, request: Request, parts: 
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Done):
-                        yield await _completed(body, jobs[event.id], event)
+                        yield await _completed(body, order, jobs[event.id], event)
         except Problem as problem:
             request.state.problem = problem
             yield _event("error", openai_error(problem))
@@ -143,8 +143,8 @@ async def _streamed(body: ImagesRequest, order: Order, request: Request, parts: 
     return EventSourceResponse(stream())
 
 
-async def _completed(body: ImagesRequest, job: Job, done: Done) -> bytes:
-    file = await make_file(job, done, body.output_format, body.output_compression or 1)
+async def _completed(body: ImagesRequest, order: Order, job: Job, done: Done) -> bytes:
+    file = await make_file(order, job, done, body.output_format, body.output_compression or 1)
     (picture,) = await _pictures(body, [file])
     about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed}
     return _event("image_generation.completed", {"type": "image_generation.completed", **picture, **about})

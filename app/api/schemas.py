@@ -1,13 +1,27 @@
 """The wire format of our own API: what may be asked, and what is answered. null means the same as absent."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBytes,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+File = Annotated[  # bytes: a form's
+    StrictStr | StrictBytes, WithJsonSchema({"type": "string", "contentEncoding": "base64"})
+]
 
 
 class GenerateRequest(BaseModel):
@@ -36,8 +50,8 @@ class GenerateRequest(BaseModel):
     )
     n: StrictInt = Field(1, ge=1, le=8, description="number of pictures; picture k has seed + k")
     seed: StrictInt | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
-    width: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the model's own size if absent")
-    height: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the model's own size if absent")
+    width: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the image's or the model's if absent")
+    height: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the image's or the model's if absent")
     size: StrictStr | None = Field(
         None, pattern=r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$", description="WIDTHxHEIGHT, instead of both"
     )
@@ -46,6 +60,15 @@ class GenerateRequest(BaseModel):
     )
     negative_prompt: StrictStr | None = Field(
         None, max_length=PROMPT_LIMIT, description="what to move away from, where guidance_scale is above 1"
+    )
+    image: File | None = Field(None, description="a PNG, JPEG or WebP of the drawn size to draw over, in base64")
+    mask: File | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
+    strength: StrictFloat | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="how much of the image is drawn over; rounded down to where the variant can begin. 0.75 if absent, "
+        "with a mask 1",
     )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
@@ -89,14 +112,15 @@ class Image(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """The pictures, and how they came about. timings_ms: by stage, the slowest picture's. batch_sizes: rows in each
-    denoising step of the first picture."""
+    """The pictures, and how they came about. strength: the one used, where an image was drawn over. timings_ms: by
+    stage, the slowest picture's. batch_sizes: rows in each denoising step of the first picture."""
 
     id: str
     created: int
     variant: str
     width: int
     height: int
+    strength: float | None = None
     prompt_tokens: int
     prompt_truncated: bool
     images: list[Image]

@@ -8,24 +8,29 @@ from typing import Any
 
 from torch import Tensor
 
-from app.engine.jobs import Job, Row
+from app.engine.jobs import Job, Row, Source
 from app.engine.messages import Done
 from app.logs import leave, say
 from models.device import Device
+from models.original import Kept, Original
 from models.prompts import Conditioning
 
 
 @dataclass(eq=False)
 class Running:
-    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on.
-    busy: a worker has it, and nothing else may be done with it until the call is done."""
+    """A job on the board, with its tensors. latents: (4, h, w) float32, from its first step on. step: how many it has
+    taken. busy: a worker has it, and nothing else may be done with it until the call is done. source: what it draws
+    over, until that is encoded; original: the same from there on. kept: what it puts back, where it inpaints."""
 
     job: Job
     arrived: float
+    source: Source | None = None
     step: int = 0
     busy: bool = False
     latents: Tensor | None = None
     conditioning: Conditioning | None = None
+    original: Original | None = None
+    kept: Kept | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     batches: list[int] = field(default_factory=list)
 

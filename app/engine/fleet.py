@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from app import errors
 from app.engine.admission import Admission
-from app.engine.jobs import Job
+from app.engine.jobs import Job, Source
 from app.engine.messages import Cancel, Done, EngineConfig, Failed, FromEngine, Ready, Report, Submit, Worked
 from app.engine.process import EngineProcess
 from app.engine.queue import Accepted, Event, Queue
@@ -65,13 +65,15 @@ class Fleet:
             raise Problem(errors.STARTING)
         return self._engine.ready
 
-    async def watch(self, jobs: Sequence[Job], who: str, wants_steps: bool = False) -> AsyncGenerator[Event]:
+    async def watch(
+        self, jobs: Sequence[Job], who: str, wants_steps: bool = False, source: Source | None = None
+    ) -> AsyncGenerator[Event]:
         """Draw one request's jobs, all with one deadline, and tell what becomes of them, until each is Done.
-        who: the request's fingerprint, for its Retry-After. To close this iterator takes its jobs out of the engine.
-        Raises the Problem that describes what went wrong."""
+        who: the request's fingerprint, for its Retry-After. source: what they draw over. To close this iterator takes
+        its jobs out of the engine. Raises the Problem that describes what went wrong."""
         self._admit(jobs, who)
         ticket = self._queue.put(jobs, wants_steps)
-        self._engine.send(Submit(list(jobs)))
+        self._engine.send(Submit(list(jobs), source))
         missing = len(jobs)
         try:
             yield Accepted(tuple(jobs))

@@ -152,9 +152,9 @@ class Loop:
 
     def _take(self, message: Message) -> None:
         match message:
-            case Submit(jobs):
+            case Submit(jobs, source):
                 now = time.monotonic()
-                self.board.update({job.id: Running(job, now) for job in jobs})
+                self.board.update({job.id: Running(job, now, source) for job in jobs})
             case Cancel(ids):
                 for id in ids:
                     self.board.pop(id, None)

@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 
 from app.engine.costs import Costs
-from app.engine.jobs import Id, Job
+from app.engine.jobs import Id, Job, Source
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
@@ -27,9 +27,10 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Draw these pictures."""
+    """Draw these pictures. source: what they draw over, if anything; once, for a frame is limited."""
 
     jobs: list[Job]
+    source: Source | None = None
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):

@@ -89,7 +89,7 @@ class Queue:
     def put(self, jobs: Sequence[Job], wants_steps: bool) -> Ticket:
         """Take one request's jobs in. wants_steps: its ticket tells of each step, too."""
         ticket = Ticket(jobs, wants_steps)
-        self._pending.update({job.id: Pending(job.row(), job.steps, ticket) for job in jobs})
+        self._pending.update({job.id: Pending(job.row(), len(job.path), ticket) for job in jobs})
         return ticket
 
     def remove(self, ticket: Ticket) -> list[int]:
@@ -101,7 +101,7 @@ class Queue:
         for id in ids:
             if (pending := self._pending.get(id)) is not None:
                 pending.has_begun = True
-                pending.row = replace(pending.row, steps_left=pending.row.steps_left - 1)
+                pending.row = replace(pending.row, steps_left=pending.row.steps_left - 1, is_encoded=True)
                 if pending.ticket.wants_steps:
                     pending.ticket.put(Stepped(id, pending.steps - pending.row.steps_left))
 

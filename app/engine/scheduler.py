@@ -37,7 +37,8 @@ def plan(
 
     Every row stands at a step of its own, so a new row joins at any call and a finished one leaves at any. The row with
     the oldest deadline is always in the next step, so none starves; the rest of the batch are rows that can share it.
-    Prompts are encoded all together, since a call costs more than a prompt. Where no other group would fill the other
+    Prompts are encoded all together, since a call costs more than a prompt; a picture to draw over alone, since it
+    costs more than a call. Where no other group would fill the other
     workers, a group shares its rows among them. What can no longer meet its deadline is part of the answer.
     """
     late = tuple(row for row in rows if row.steps_left > 0 and now + costs.alone(row) > row.deadline)
@@ -48,7 +49,7 @@ def plan(
     room = {stage: workers.room(stage, flying) for stage in ("encode", "decode", "denoise")}
     is_behind = len(done) > DECODES_BEHIND * costs.best_decode_batch
     return Plan(
-        encode=tuple(row for row in live if not row.is_encoded) if room["encode"] > 0 else (),
+        encode=_encode([row for row in live if not row.is_encoded]) if room["encode"] > 0 else (),
         decode=_decode(done, costs) if room["decode"] > 0 else (),
         step=_step(ready, costs, room["denoise"]) if room["denoise"] > 0 and not is_behind else (),
         refuse=late,
@@ -58,6 +59,11 @@ def plan(
 def may_change(now: float, changed: float, is_waited_for: bool) -> bool:
     """Whether a change that wants the device for itself may be made. changed: when the last one was."""
     return now - changed > (PAUSE_S if is_waited_for else IDLE_S)
+
+
+def _encode(new: Sequence[Row]) -> tuple[Row, ...]:
+    source = min(new, key=_age).source if new else None
+    return tuple(row for row in new if row.source == source)
 
 
 def _decode(done: Sequence[Row], costs: Costs) -> tuple[Row, ...]:
