@@ -37,14 +37,9 @@ class Inputs(Tolerant):
         parameters = data.get("parameters") if isinstance(data, dict) else None
         if not isinstance(data, dict) or not isinstance(parameters, dict):
             return data
-        target = parameters.get("target_size")
-        flat = {
-            **parameters,
-            **(target if isinstance(target, dict) else {}),
-            "inputs": data.get("inputs"),
-            "image": None,
-        }
-        return flat if flat.get("prompt") is None else {**flat, "inputs": flat["prompt"], "image": data.get("inputs")}
+        inputs, prompt, size = data.get("inputs"), parameters.get("prompt"), parameters.get("target_size")
+        over = {"inputs": inputs, "image": None} if prompt is None else {"inputs": prompt, "image": inputs}
+        return {**parameters, **(size if isinstance(size, dict) else {}), **over}
 
 
 @router.post("/", response_class=Response, responses={200: PICTURE, **declare(408, 413, 415, 422, 429, 500, 504)})
