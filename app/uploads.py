@@ -51,7 +51,7 @@ async def read(
         opened, size = None if image is None else open_file(image, "image"), None
         if opened is not None and fit is not None:
             size = fit(*opened.size)
-        drawn_over = opened and picture(opened, size)
+        drawn_over = None if opened is None else picture(opened, size)
         if mask is None:
             return drawn_over, None
         shape = open_file(mask, "mask")

@@ -45,23 +45,23 @@ class Inputs(Tolerant):
 @router.post("/", response_class=Response, responses={200: PICTURE, **declare(408, 413, 415, 422, 429, 500, 504)})
 async def infer(body: Inputs, request: Request, parts: PartsDep) -> Response:
     """Draw one picture, or over one; the answer is the file: PNG, or JPEG or WebP where the Accept header names it."""
-    image, _ = await read_images(body.image, None, (body.width, body.height), parts)
-    order = Order(
-        owner=owner_of(request),
-        prompt=body.inputs,
-        negative_prompt=body.negative_prompt or None,
-        guidance=body.guidance_scale,
-        steps=body.num_inference_steps,
-        seed=body.seed,
-        width=body.width,
-        height=body.height,
-        fit=parts.settings.size_policy == "nearest",
-        image=image,
-        strength=body.strength,
-    )
     accept = request.headers.get("accept", "")
     output_format = next((name for name, media in MEDIA_TYPES.items() if media in accept), "png")
     with named(steps="num_inference_steps", image="inputs"):
+        image, _ = await read_images(body.image, None, (body.width, body.height), parts)
+        order = Order(
+            owner=owner_of(request),
+            prompt=body.inputs,
+            negative_prompt=body.negative_prompt or None,
+            guidance=body.guidance_scale,
+            steps=body.num_inference_steps,
+            seed=body.seed,
+            width=body.width,
+            height=body.height,
+            fit=parts.settings.size_policy == "nearest",
+            image=image,
+            strength=body.strength,
+        )
         (picture,) = (await draw(order, output_format, 90, request, parts)).pictures
     headers = {"X-Seed": str(picture.job.seed), "X-Variant": picture.job.weights.variant}
     return Response(picture.file, media_type=MEDIA_TYPES[output_format], headers=headers)
