@@ -14,11 +14,12 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
 from app import logs, uploads
+from app.engine.process import QUIET
 from app.errors import Problem
 from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
 from app.settings import PREFIX, EngineSettings, Settings, Variables
-from models.catalog import CATALOG
+from models.catalog import BadCatalog
 
 
 class Serve(Settings):
@@ -66,6 +67,8 @@ class Generate(EngineSettings):
 
     def cli_cmd(self) -> None:
         """Draw and save."""
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         from app.offline import draw  # torch is imported here, and only for this command
 
         order = Order(
@@ -105,7 +108,7 @@ class Models(EngineSettings):
         """Do it; exits with 1 if anything is missing or wrong."""
         from app.offline import list_variants, weight_files
 
-        family = CATALOG[self.model or "embedded"]
+        family = self.families[self.model or "embedded"]
         names = self.names or list(family.variants)
         if unknown := [name for name in names if name not in family.variants]:
             sys.exit(f"no such variant: {', '.join(unknown)}; there are {', '.join(family.variants)}")
@@ -123,7 +126,7 @@ class Keys(Variables):
     api_keys_file: Path = Field(description="the file to append to; it is made if it is not there")
     rpm: int | None = Field(None, ge=1, le=1_000_000, description="requests a minute; by default any number")
     in_flight: int | None = Field(
-        None, ge=1, le=1_000_000, description="pictures accepted and not finished; by default any number"
+        None, ge=1, le=1_000_000, description="pictures accepted and not finished; kept in the file, not enforced yet"
     )
 
     def cli_cmd(self) -> None:
@@ -159,6 +162,8 @@ def main() -> None:
     except ValidationError as error:
         print(*map(_sentence, error.errors()), sep="\n", file=sys.stderr)
         sys.exit(2)
+    except BadCatalog as error:
+        sys.exit(str(error))
     except SettingsError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -19,6 +19,7 @@ from app.http.ledger import Ledger
 from app.http.origins import ANY, EXPOSED, Origins, names
 from app.metrics import Metrics
 from app.settings import Settings, listed
+from app.traces import Tracing, make_tracer
 
 MIB = 2**20
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
@@ -27,7 +28,7 @@ DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine process and stops it."""
     metrics = Metrics()
-    fleet = Fleet(settings.engine_config(), settings.queue_limit, metrics)
+    fleet = Fleet(settings.engine_configs(), settings.queue_limit, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -45,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # a redirected POST would lose the proxy's path, and its body with some clients
         generate_unique_id_function=_plain_name,
     )
-    parts = Parts(fleet, settings, metrics)
+    parts = Parts(fleet, settings, metrics, settings.families)
     open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
     drawing = (generate.router, openai.router, models.router, a1111.router, huggingface.router)
     _furnish(app, parts, [*drawing, *open_to_all])
@@ -58,6 +59,8 @@ def create_app(settings: Settings) -> FastAPI:
     origins = listed(settings.allowed_origins)
     app.add_middleware(Origins, render=problems.respond, hosts=names(settings), origins=origins)
     app.add_middleware(Ledger, metrics=metrics, render=problems.respond)
+    if (tracer := make_tracer()) is not None:
+        app.add_middleware(Tracing, tracer=tracer)
     if origins:
         app.add_middleware(
             CORSMiddleware,

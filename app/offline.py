@@ -15,7 +15,7 @@ from app.images import MEDIA_TYPES, encode
 from app.order import Limits, Order, resolve
 from app.settings import EngineSettings
 from app.uploads import keep
-from models.catalog import Family
+from models.catalog import Family, one_of
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 LIMITS = Limits(timeout_s=math.inf, max_timeout_s=math.inf, max_pixels=1 << 60)  # whoever calls this has the machine
@@ -61,9 +61,8 @@ def list_variants(settings: EngineSettings, family: Family) -> None:
     """Print every variant, its steps, and whether its file is here."""
     here = WeightStore(family, settings.model_dir).variants_here()
     for variant in family.variants.values():
-        print(
-            f"{variant.name}  {variant.steps} steps  {'here' if variant.name in here else 'not here'}  {variant.file}"
-        )
+        where = "here" if variant.name in here else "not here"
+        print(f"{variant.name}  {one_of(variant.steps)} steps  {where}  {variant.file or 'its own UNet'}")
 
 
 def weight_files(settings: EngineSettings, family: Family, names: list[str], fetch: bool) -> bool:

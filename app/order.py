@@ -9,10 +9,9 @@ from app import errors
 from app.engine.jobs import Job, Source, new_id
 from app.errors import Problem
 from app.uploads import Bitmap
-from models.catalog import Family, Guidance, Variant, Weights
+from models.catalog import Family, Guidance, Variant, Weights, one_of
 from models.grid import snap, spelled
 
-DEFAULT_STEPS = 4
 STRENGTH, STRENGTH_OF_A_MASK = 0.75, 1.0  # where none is given
 SEED_LIMIT = 2**32
 PROMPT_LIMIT = 2000  # characters; the text encoders take fewer
@@ -34,7 +33,7 @@ class Order:
     owner: who asks, so that the same order from somebody else is another one. prompt: cut behind PROMPT_LIMIT. width,
     height: pixels; fit: where they cannot be drawn, the nearest that can. timeout: seconds after which the pictures are
     of no use. image: what they draw over. mask: of the image, 255 where it is drawn anew. strength: above 0, to 1.
-    Picture k of n has seed + k.
+    Picture k of n has seed + k. previews: show them while they are drawn.
     """
 
     owner: str
@@ -50,6 +49,7 @@ class Order:
     height: int | None = None
     fit: bool = False
     timeout: float | None = None
+    previews: bool = False
     image: Bitmap | None = None
     mask: Bitmap | None = None
     strength: float | None = None
@@ -79,9 +79,9 @@ class Limits:
 def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Job]:
     """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock.
     Raises Problem for what the family does not draw or the server does not allow."""
-    variant = _variant(order, family)
+    variant, steps = _variant(order, family)
     width, height = _size(order, family)
-    strength = _strength(order, variant)
+    strength = _strength(order, variant, steps)
     if order.n * width * height > limits.max_pixels:
         detail = f"n x width x height must be at most {limits.max_pixels} pixels on this server"
         raise Problem(errors.INVALID, detail, "n" if order.n > 1 else "width")
@@ -99,8 +99,11 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     ids = [new_id() for _ in range(order.n)]
     away = order.negative_prompt and order.negative_prompt[:PROMPT_LIMIT]
     over = (strength, None if strength is None else ids[0])
-    prompt, drawn = order.prompt[:PROMPT_LIMIT], (height, width, deadline, order.owner, away, guidance, *over)
-    return [Job(id, prompt, weights, variant.steps, seed + k, *drawn) for k, id in enumerate(ids)]
+    prompt, drawn = (
+        order.prompt[:PROMPT_LIMIT],
+        (height, width, deadline, order.owner, away, guidance, *over, order.previews),
+    )
+    return [Job(id, prompt, weights, steps, seed + k, *drawn) for k, id in enumerate(ids)]
 
 
 def _size(order: Order, family: Family) -> tuple[int, int]:
@@ -128,7 +131,7 @@ def _is_seen(mask: Bitmap, every: int) -> bool:
     return any(255 in mask.pixels[row : row + mask.width : every] for row in rows)
 
 
-def _strength(order: Order, variant: Variant) -> float | None:
+def _strength(order: Order, variant: Variant, steps: int) -> float | None:
     """The strength on the variant's grid; None where nothing is drawn over."""
     if order.image is None:
         for field, given in (("mask", order.mask), ("strength", order.strength)):
@@ -136,27 +139,23 @@ def _strength(order: Order, variant: Variant) -> float | None:
                 raise Problem(errors.INVALID, f"{field} needs an image to draw over", field)
         return None
     default = STRENGTH if order.mask is None else STRENGTH_OF_A_MASK
-    strength = snap(default if order.strength is None else order.strength, variant.steps)
+    strength = snap(default if order.strength is None else order.strength, steps)
     if strength is None:
-        detail = f"{variant.name} draws over an image at strengths {spelled(variant.steps)}, and none below"
+        detail = f"{variant.name} draws over an image at strengths {spelled(steps)}, and none below"
         raise Problem(errors.INVALID, detail, "strength")
     return strength
 
 
-def _variant(order: Order, family: Family) -> Variant:
-    """The weights an order means: by name, or the UNet of its step count."""
-    name = order.variant or f"{order.steps or DEFAULT_STEPS}step-unet"
-    variant = family.variants.get(name)
-    if variant is None and order.variant is None:
-        counts = sorted({each.steps for each in family.variants.values()})
-        detail = f"there are weights for {', '.join(map(str, counts))} steps, not {order.steps}"
-        raise Problem(errors.INVALID, detail, "steps")
-    if variant is None:
+def _variant(order: Order, family: Family) -> tuple[Variant, int]:
+    """The weights and the steps that an order means."""
+    if (variant := family.choose(order.variant, order.steps)) is not None:
+        return variant, order.steps or variant.steps[0]
+    if order.variant is not None and order.variant not in family.variants:
         raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
-    if order.steps is not None and order.steps != variant.steps:
-        detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
-        raise Problem(errors.INVALID, detail, "steps")
-    return variant
+    named = [each for each in family.variants.values() if order.variant in (None, each.name)]
+    allowed = one_of({steps for each in named for steps in each.steps})
+    detail = f"{order.variant or 'this model'} draws in {allowed} steps, not {order.steps}"
+    raise Problem(errors.INVALID, detail, "steps")
 
 
 def _guidance(order: Order, variant: Variant) -> float:

@@ -82,6 +82,8 @@ class UNet(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
+        if (channels := config.get("in_channels", 4)) != 4:
+            raise weights.BadWeights(f"unet/config.json: in_channels must be 4, not {channels}: for inpainting it is 9")
         with init_empty_weights():
             self.unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
 
@@ -129,7 +131,7 @@ def load_decoder(store: weights.WeightStore, place: str, dtype: torch.dtype) -> 
 def _filled(
     make: Callable[[], nn.Module], store: weights.WeightStore, part: str, place: str, dtype: torch.dtype
 ) -> nn.Module:
-    state = weights.read(store.component_file(part), place, dtype)
+    state = store.read(part, place, dtype)
     with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
         module = make()
     state.pop(weights.POSITION_IDS, None)

@@ -32,16 +32,21 @@ class Original:
     std: Tensor
     mask: Tensor | None = None
 
-    def begin(self, device: Device, seed: int, sigma: Tensor, strength: float) -> tuple[Tensor, Kept | None]:
-        """The latents to begin with at sigma (a scalar), (4, h, w) float32, and what is put back after each step. Drawn
-        in diffusers' order from one CPU generator: which of its latents the picture has, then the noise on them."""
+    def begin(
+        self, device: Device, seed: int, sigma: Tensor, strength: float, added: Tensor | None = None
+    ) -> tuple[Tensor, Kept | None, Tensor | None]:
+        """The latents to begin with at sigma (a scalar), (4, h, w) float32, what is put back after each step, and what
+        is added behind each, (N, 4, h, w), where added, (N,), has the sigmas of that. Drawn in diffusers' order from
+        one CPU generator: which of its latents the picture has, the noise on them, what is added."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        sample, noise = (device.put(torch.randn(self.mean.shape, generator=generator)) for _ in range(2))
+        count = 2 if added is None else 2 + len(added)
+        sample, noise, *more = (device.put(torch.randn(self.mean.shape, generator=generator)) for _ in range(count))
+        behind = None if added is None else torch.stack(more) * added.view(-1, 1, 1, 1)
         latents = self.mean + self.std * sample
         if self.mask is None:
-            return latents + noise * sigma, None
+            return latents + noise * sigma, None, behind
         is_noise_alone = strength == 1  # as diffusers has it, and only where there is a mask
-        return noise * sigma + (0 if is_noise_alone else latents), Kept(latents, noise, self.mask)
+        return noise * sigma + (0 if is_noise_alone else latents), Kept(latents, noise, self.mask), behind
 
 
 def put_back(stepped: Tensor, kept: Sequence[Kept | None], sigma: Tensor) -> Tensor:

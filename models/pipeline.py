@@ -11,6 +11,7 @@ from models.device import Device
 from models.grid import starts
 from models.modules import Encoder, UNetFunction, load_decoder, load_text_encoders
 from models.original import Kept, Original, put_back
+from models.preview import clean_latents, to_rgb
 from models.prompts import Conditioning, Prompts, TextFunction
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
@@ -47,6 +48,7 @@ class Pipeline:
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
+        self._colours = device.put(torch.tensor(store.family.preview, dtype=torch.float32))
 
     def draw(
         self,
@@ -88,25 +90,46 @@ class Pipeline:
             away = None if negative is None else self.prompts.encode([negative])[0]
             found = [self.prompts.guide(row, away, guidance) for row in found]
         conditioning = [self.project(unet, row) for row in found]
-        path, kept = starts(len(schedule.timesteps))[strength], list[Kept | None]()
-        if original is None:
-            rows = [self.noise(seed, height, width, schedule) for seed in seeds]
-        else:
-            sigma = schedule.table[path[0], 1]
-            begun = [original.begin(self.device, seed, sigma, strength) for seed in seeds]
-            rows, kept = [latents for latents, _ in begun], [each for _, each in begun]
-        latents = torch.stack(rows)
-        for step in path:
-            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning, kept)
+        path = starts(len(schedule.timesteps))[strength]
+        begun = [self.begin(seed, height, width, schedule, path, original, strength) for seed in seeds]
+        latents, kept = torch.stack([each[0] for each in begun]), [each[1] for each in begun]
+        for number, step in enumerate(path):
+            noise = [each[2][number] for each in begun if each[2] is not None]
+            row = ([schedule] * len(seeds), latents, [step] * len(seeds), conditioning, noise, kept)
+            latents = self.denoise(unet, *row)
         return latents
 
     def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
         """The starting latents of one picture, (4, h, w) float32: diffusers' own, from a CPU generator, so that a seed
         means the same picture on every device and in any batch."""
+        return self.device.put(self._draws(seed, height, width, 1)[0]) * schedule.start
+
+    def begin(
+        self,
+        seed: int,
+        height: int,
+        width: int,
+        schedule: Schedule,
+        path: range,
+        original: Original | None = None,
+        strength: float = 1.0,
+    ) -> tuple[Tensor, Kept | None, Tensor | None]:
+        """One picture's latents before the first step of its path, what it puts back, and what is added behind each
+        step, (N, 4, h, w) float32: the draws that follow noise()'s, as in diffusers; all beforehand, so that a step
+        that is made again adds the same. None where it inpaints nothing, and where the sampler adds nothing."""
+        added = None if schedule.added is None else schedule.added[path.start : path.stop]
+        if original is not None:
+            return original.begin(self.device, seed, schedule.table[path[0], 1], strength, added)
+        if added is None:
+            return self.noise(seed, height, width, schedule), None, None
+        first, *drawn = self._draws(seed, height, width, 1 + len(added))
+        behind = self.device.put(torch.stack(drawn)) * added.view(-1, 1, 1, 1)
+        return self.device.put(first) * schedule.start, None, behind
+
+    def _draws(self, seed: int, height: int, width: int, count: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
-        return self.device.put(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+        return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for _ in range(count)])
 
     @torch.inference_mode()
     def look(self, picture: Tensor, mask: Tensor | None = None) -> Original:
@@ -136,36 +159,52 @@ class Pipeline:
     def denoise(
         self,
         unet: UNetFunction,
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         latents: Tensor,
         steps: Sequence[int],
         conditioning: Sequence[Conditioning],
+        noise: Sequence[Tensor] = (),
         kept: Sequence[Kept | None] = (),
     ) -> Tensor:
         """One step of every row, wherever each row stands. Waits for nothing on the host. A guided row is two of the
         UNet's.
 
-        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule's table.
-        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length.
-        kept: B, of those that inpaint.
+        latents: (B, 4, h, w) float32. schedules, steps: B, each row's schedule and its index into that.
+        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length. noise: B, each
+        row's added_noise() of this step, (4, h, w) float32; () where the sampler adds nothing. kept: B, of
+        those that inpaint.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
         guided = [index for index, row in enumerate(conditioning) if row.away is not None]
         rows = [*conditioning, *(row.away for row in conditioning if row.away is not None)]
         both = torch.cat([latents, latents[guided]]) if guided else latents
-        table = schedule.table[self.device.put(torch.tensor([*steps, *(steps[index] for index in guided)]))]
+        table = torch.stack([schedules[index].table[steps[index]] for index in (*range(len(steps)), *guided)])
         embeds = torch.stack([row.prompt_embeds for row in rows])
         pooled = torch.stack([row.pooled for row in rows])
         time_ids = self._time_ids(height, width).repeat(len(rows), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
         moved = run(both, table, embeds, pooled, time_ids)
+        towards, away = moved[: len(latents)], moved[len(latents) :]
         if guided:
             # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row
             # of the UNet's depends on another, and graphs may split them as they like.
-            moved, away = moved[: len(latents)], moved[len(latents) :]
             scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
-            moved[guided] = away + scale * (moved[guided] - away)
-        return put_back(moved, kept, table[: len(latents), 2]) if any(kept) else moved
+            towards[guided] = away + scale * (towards[guided] - away)
+        if noise:
+            towards = towards + torch.stack(tuple(noise))
+        if any(kept):
+            after = torch.stack([schedule.after[step] for schedule, step in zip(schedules, steps, strict=True)])
+            towards = put_back(towards, kept, after)
+        return towards
+
+    @torch.inference_mode()
+    def preview(self, schedules: Sequence[Schedule], before: Tensor, after: Tensor, steps: Sequence[int]) -> Tensor:
+        """What a step of denoise() takes for the finished pictures, (B, h, w, 3) uint8 on the host; waits for it.
+        before, after: (B, 4, h, w) float32, the latents around the step, without what a
+        sampler adds. schedules, steps: B, as denoise() took them."""
+        rows = [schedule.table[step] for schedule, step in zip(schedules, steps, strict=True)]
+        sigma, sigma_next = torch.stack(rows).unbind(1)[1:3]
+        return to_rgb(clean_latents(before, after, sigma, sigma_next), self._colours).cpu()
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

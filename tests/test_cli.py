@@ -53,7 +53,7 @@ def test_generate_draws_over_a_picture_where_its_mask_is_white(tmp_path):
 )
 def test_generate_says_what_is_wrong_with_a_picture(flags, said):
     refused = run("generate", "x", *flags)
-    assert (refused.returncode, refused.stderr.startswith(said), "Traceback" in refused.stderr) == (1, True, False)
+    assert (refused.returncode, said in refused.stderr, "Traceback" in refused.stderr) == (1, True, False)
 
 
 def test_generate_says_what_is_wrong(tmp_path):

@@ -21,21 +21,19 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
-    as_base64,
-    as_json,
     read_images,
-    refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
-from app.api.draw import Drawn, Picture, draw, parameters
+from app.api.draw import Drawn, Picture, as_base64, as_json, draw, parameters
 from app.api.problems import declare, named
+from app.api.schemas import refusal
 from app.engine.jobs import Job
+from app.engine.messages import Done
 from app.errors import Problem
 from app.http.limits import LimitedRoute, PictureRoute
-from app.order import DEFAULT_STEPS, Order
+from app.order import Order
 from app.settings import ANY_STEPS
-from models.catalog import CATALOG
 
 router = APIRouter(tags=["A1111"])
 drawing = APIRouter(prefix="/sdapi/v1", route_class=CompatRoute, tags=["A1111"])
@@ -92,7 +90,7 @@ class Txt2Img(Tolerant):
     prompt: Prompt
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
     seed: Seed = Field(-1, description="below 0: random")
-    steps: int = DEFAULT_STEPS
+    steps: int | None = None
     cfg_scale: float = 0.0
     width: int = Field(512, ge=8, le=4096)
     height: int = Field(512, ge=8, le=4096)
@@ -117,10 +115,11 @@ class Txt2Img(Tolerant):
         """What is asked for. Raises Problem where there is no such checkpoint."""
         checkpoint = self.override_settings.sd_model_checkpoint or parts.chosen.get("checkpoint")
         name = variant_of(checkpoint, parts)
-        variants = CATALOG[parts.fleet.require_ready().family].variants
-        has_weights = self.steps in {each.steps for each in variants.values()}
-        steps = None if name else self.steps if has_weights else DEFAULT_STEPS
-        declared = variants[name or f"{steps}step-unet"].guidance
+        variant = parts.family.choose(name, self.steps)
+        steps = self.steps if variant else None
+        if variant is None:
+            variant = parts.family.variants[name or parts.family.default]
+        declared = variant.guidance
         is_declared = declared is not None and declared.minimum <= self.cfg_scale <= declared.maximum
         guidance = self.cfg_scale if is_declared else declared.default if declared else None
         return Order(
@@ -150,7 +149,7 @@ class Txt2Img(Tolerant):
         ours = {
             "negative_prompt": self.negative_prompt and job.guidance <= 1,
             "cfg_scale": self.cfg_scale > 1 and self.cfg_scale != job.guidance,
-            "steps": self.steps != job.steps,
+            "steps": self.steps not in (None, job.steps),
         }
         return [name for name, is_unused in ours.items() if is_unused] + names
 
@@ -221,7 +220,7 @@ async def set_options(body: Settings, parts: PartsDep) -> None:
 @router.get("/sdapi/v1/sd-models", responses=declare(503))
 async def sd_models(parts: PartsDep) -> list[dict[str, str | None]]:
     """The model as a whole, whose variant follows from the steps, and every variant."""
-    names = (ANY_STEPS, *CATALOG[parts.fleet.require_ready().family].variants)
+    names = (ANY_STEPS, *parts.family.variants)
     nothing = dict.fromkeys(("hash", "sha256", "config"))
     return [{"title": name, "model_name": name, "filename": f"{name}.safetensors", **nothing} for name in names]
 
@@ -269,7 +268,7 @@ def _lora_scale(text: str) -> float:
 def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
     """What was drawn, as the web UI tells it."""
     jobs, first = [picture.job for picture in drawn.pictures], drawn.pictures[0]
-    unused = body.unused(first.job)
+    notes = {"Ignored": ", ".join(body.unused(first.job)), "Resized": _resized(body, first.done)}
     return {
         "prompt": body.prompt,
         "all_prompts": [body.prompt] * len(jobs),
@@ -278,7 +277,7 @@ def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
         "all_seeds": [job.seed for job in jobs],
         "width": first.done.width,
         "height": first.done.height,
-        "sampler_name": SAMPLER,
+        "sampler_name": images.SAMPLERS[first.variant.sampler],
         "cfg_scale": first.job.guidance if first.job.guidance > 1 else 0,
         "steps": first.job.steps,
         "denoising_strength": first.job.strength,
@@ -287,11 +286,17 @@ def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
         "infotexts": [_infotext(body, picture) for picture in drawn.pictures],
         "index_of_first_image": 0,
         "prompt_truncated": drawn.prompt_truncated,
-        "extra_generation_params": {"Ignored": ", ".join(unused)} if unused else {},
+        "extra_generation_params": {name: note for name, note in notes.items() if note},
     }
+
+
+def _resized(body: Txt2Img, done: Done) -> str:
+    """What the size policy made of the size that was asked for."""
+    asked, drawn = f"{body.width}x{body.height}", f"{done.width}x{done.height}"
+    return "" if asked == drawn else f"{asked} to {drawn}"
 
 
 def _infotext(body: Txt2Img, picture: Picture) -> str:
     """A picture's parameters as the web UI writes them, and reads them back."""
     away = f"Negative prompt: {body.negative_prompt}\n" if picture.job.negative_prompt else ""
-    return f"{body.prompt}\n{away}{images.line(parameters(picture.job, picture.done))}"
+    return f"{body.prompt}\n{away}{images.line(parameters(picture.variant, picture.job, picture.done))}"

@@ -7,6 +7,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     StrictBytes,
     StrictFloat,
     StrictInt,
@@ -72,6 +73,9 @@ class GenerateRequest(BaseModel):
     )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
+    stream: StrictBool = Field(
+        False, description="server-sent events: the place in the queue, previews, and the same JSON as `result`"
+    )
     timeout: StrictFloat | None = Field(
         None, gt=0, description="seconds after which the answer is of no use; 30 if absent"
     )
@@ -83,24 +87,23 @@ class GenerateRequest(BaseModel):
             return data
         known = {name: value for name, value in data.items() if value is not None or name not in NAMES}
         for name in known.keys() - NAMES:
-            raise _refusal(
-                name.encode(errors="replace").decode(), "there is no such field"
-            )  # with lone surrogates, too
+            raise refusal(name.encode(errors="replace").decode(), "there is no such field")  # with lone surrogates, too
         return known
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
-            raise _refusal("prompt", "must have a character that can be seen")
+            raise refusal("prompt", "must have a character that can be seen")
         if self.size and (self.width or self.height):
-            raise _refusal("size", "cannot be given together with width or height")
+            raise refusal("size", "cannot be given together with width or height")
         return self
 
 
 NAMES = {*GenerateRequest.model_fields, "num_inference_steps", "model"}
 
 
-def _refusal(field: str, text: str) -> PydanticCustomError:
+def refusal(field: str, text: str) -> PydanticCustomError:
+    """What a model's validator raises: the sentence, and the field that it is about."""
     return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
 
 
@@ -129,14 +132,18 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it. steps: None where they may be chosen. reason: why it
-    failed, where it did."""
+    """A variant in OpenAI's list format, with ours beside it. steps: what may be asked for, first what is drawn where
+    nothing is; None, as sampler, for the model as a whole. guidance: default, minimum and maximum; None for none.
+    sizes: of both sides, pixels: default, minimum, maximum and multiple. reason: why it failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: int | None
+    steps: list[int] | None
+    sampler: str | None
+    guidance: dict[str, float] | None
+    sizes: dict[str, int]
     state: str
     resident_bytes: int
     reason: str | None = None
@@ -156,7 +163,8 @@ class Live(BaseModel):
 
 
 class ReadyBody(BaseModel):
-    """The answer of /ready. resident: variants whose weights are in memory. compiled: all code is at its fastest."""
+    """The answer of /ready. resident: variants whose weights are in memory. compiled: all code is at its fastest.
+    engines: how many serve."""
 
     status: Literal["ready"]
     family: str
@@ -164,6 +172,7 @@ class ReadyBody(BaseModel):
     dtype: str
     resident: list[str]
     compiled: bool
+    engines: int
 
 
 class ProblemBody(BaseModel):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from app.engine.jobs import Row
+from app.engine.jobs import Row, age
 from models.catalog import Weights
 
 GOOD_ENOUGH = 0.95  # of the best images/s: a larger batch would only add latency
@@ -82,6 +82,13 @@ class Costs(msgspec.Struct, frozen=True):
                 shares[row.id] = (once + row.count * row.steps_left * step + decode) / self.workers
         return shares
 
+    def wait(self, row: Row, before: Sequence[Row]) -> float:
+        """Seconds until a row's first step, about. before: those that go before it, the first one first. It waits for
+        all of other groups, and for as many of its own as leave it no place in a batch."""
+        own = [each for each in before if each.group == row.group]
+        blocking = own[: max(0, sum(each.count for each in own) + row.count - self.best_batch)]
+        return self.work([*(each for each in before if each.group != row.group), *blocking])
+
     def overrun(self, new: Sequence[Row], pending: Sequence[Row], now: float, share: float) -> float:
         """Seconds by which the worst-off row, new or pending, would miss its deadline, oldest deadline first; a new one
         `share` of its time, while a pending one, once admitted, has all of it. 0 or less: nobody would."""
@@ -89,7 +96,7 @@ class Costs(msgspec.Struct, frozen=True):
         fresh = {row.id for row in new}
         finish, worst = now, -math.inf
         oldest_new = min(row.deadline for row in new)
-        for row in sorted([*pending, *new], key=lambda row: (row.deadline, row.id)):
+        for row in sorted([*pending, *new], key=age):
             finish += shares[row.id]
             if row.id in fresh:
                 worst = max(worst, finish - (now + share * (row.deadline - now)))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from models.catalog import Weights
+from models.catalog import Steps, Weights
 from models.grid import starts
 
 Id = Annotated[int, msgspec.Meta(ge=0)]
@@ -27,12 +27,14 @@ class Job(msgspec.Struct, frozen=True):
     """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
     asked for it, since no two owners share what is cached. guidance: 1 means without; negative_prompt acts above.
     strength: of models.grid.starts(), for a job that draws over a picture. source: the id of the first job that draws
-    over the same one."""
+    over the same one.
+    previews: somebody looks on while it is drawn. trace: the request's traceparent, where its stages are wanted in
+    detail."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
     weights: Weights
-    steps: Annotated[int, msgspec.Meta(ge=1, le=8)]
+    steps: Steps
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
     height: Pixels
     width: Pixels
@@ -42,6 +44,8 @@ class Job(msgspec.Struct, frozen=True):
     guidance: float = 1.0
     strength: float | None = None
     source: Id | None = None
+    previews: bool = False
+    trace: str = ""
 
     @property
     def path(self) -> range:
@@ -86,6 +90,11 @@ class Row:
     def pixels(self) -> int:
         """Height times width: what the cost of a step and a decode grow with."""
         return self.height * self.width
+
+
+def age(row: Row) -> tuple[float, int]:
+    """The order in which rows are served: the oldest deadline first."""
+    return row.deadline, row.id
 
 
 @dataclass(frozen=True)

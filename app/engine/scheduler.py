@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.engine.costs import Costs
-from app.engine.jobs import Plan, Row
+from app.engine.jobs import Plan, Row, age
 
 DECODES_BEHIND = 2  # steps wait where more finished rows than so many decodes take wait for the decoder
 PAUSE_S, IDLE_S = 2.0, 0.5  # before a change: of service where somebody waits, of quiet where nobody does
@@ -62,7 +62,7 @@ def may_change(now: float, changed: float, is_waited_for: bool) -> bool:
 
 
 def _encode(new: Sequence[Row]) -> tuple[Row, ...]:
-    source = min(new, key=_age).source if new else None
+    source = min(new, key=age).source if new else None
     return tuple(row for row in new if row.source == source)
 
 
@@ -74,8 +74,8 @@ def _decode(done: Sequence[Row], costs: Costs) -> tuple[Row, ...]:
 def _step(ready: Sequence[Row], costs: Costs, free: int) -> tuple[Row, ...]:
     if not ready:
         return ()
-    oldest = min(ready, key=_age)
-    group = sorted((row for row in ready if row.group == oldest.group), key=_age)
+    oldest = min(ready, key=age)
+    group = sorted((row for row in ready if row.group == oldest.group), key=age)
     others = len({row.group for row in ready}) - 1
     share = math.ceil(sum(row.count for row in group) / max(1, free - others))
     room, taken = min(share, costs.best_batch), [group[0]]
@@ -84,7 +84,3 @@ def _step(ready: Sequence[Row], costs: Costs, free: int) -> tuple[Row, ...]:
             break
         taken.append(row)
     return tuple(taken)
-
-
-def _age(row: Row) -> tuple[float, int]:
-    return row.deadline, row.id

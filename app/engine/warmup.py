@@ -54,10 +54,10 @@ def _step_and_decode(
     """Seconds of both, for `batch` rows of `pixels` a side."""
     name = next(row.name for row in registry.status() if row.state == "resident")
     unet = registry.use(Weights(name))
-    schedule = registry.schedule(name, registry.store.family.variants[name].steps)
+    schedule = registry.schedule(name, registry.store.family.variants[name].steps[0])
     latents = pipeline.noise(0, pixels, pixels, schedule).repeat(batch, 1, 1, 1)
     rows = [pipeline.project(unet, pipeline.prompts.encode(["a warm-up"])[0])] * batch
-    step = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, [0] * batch, rows), repeats)
+    step = _seconds(pipeline, lambda: pipeline.denoise(unet, [schedule] * batch, latents, [0] * batch, rows), repeats)
     return step, _seconds(pipeline, lambda: pipeline.decode(list(latents)), repeats)
 
 

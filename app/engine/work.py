@@ -1,15 +1,18 @@
 """What a call does on the device, for all its rows together: prompts to conditioning, a step, latents to pictures."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from app.engine.calls import Running
 from app.engine.jobs import Job, Source
+from app.engine.messages import Preview
 from models.modules import UNetFunction
-from models.original import Kept, Original
+from models.original import Original
 from models.pipeline import Pipeline
 from models.prompts import Conditioning
-from models.schedule import Schedule
+from models.registry import Registry
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
@@ -31,16 +34,29 @@ def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
     ]
 
 
-def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:
-    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first."""
-    for row in rows:
+def denoise(
+    pipeline: Pipeline, registry: Registry, unet: UNetFunction, show: Callable[[Preview], None], rows: list[Running]
+) -> Tensor:
+    """Each row's latents after its next step, (B, 4, h, w) float32; its noise is drawn before the first. show: takes
+    a preview of each row that somebody looks at, unless this was its last step."""
+    schedules = [registry.schedule(row.job.weights.variant, row.job.steps) for row in rows]
+    for row, schedule in zip(rows, schedules, strict=True):
         if row.latents is None and row.conditioning is not None:
             row.conditioning = pipeline.project(unet, row.conditioning)
-            row.latents, row.kept = _begin(pipeline, schedule, row)
+            size, path = (row.job.height, row.job.width), row.job.path
+            begun = pipeline.begin(row.job.seed, *size, schedule, path, row.original, row.job.strength or 1.0)
+            row.latents, row.kept, row.noise = begun
     latents = torch.stack([row.latents for row in rows if row.latents is not None])
     conditioning = [row.conditioning for row in rows if row.conditioning is not None]
+    noise = [row.noise[row.step] for row in rows if row.noise is not None]
     steps, kept = [row.job.path[row.step] for row in rows], [row.kept for row in rows]
-    stepped = pipeline.denoise(unet, schedule, latents, steps, conditioning, kept)
+    stepped = pipeline.denoise(unet, schedules, latents, steps, conditioning, noise, kept)
+    seen = [k for k, row in enumerate(rows) if row.job.previews and row.step + 1 < len(row.job.path)]
+    if seen:
+        after = stepped - torch.stack(noise) if noise else stepped
+        towards = ([schedules[k] for k in seen], latents[seen], after[seen], [steps[k] for k in seen])
+        for k, pixels in zip(seen, pipeline.preview(*towards).numpy(), strict=True):
+            show(Preview(rows[k].job.id, rows[k].step + 1, pixels.shape[0], pixels.shape[1], pixels.tobytes()))
     pipeline.device.wait()  # between steps, so that new rows can join; within a step nothing waits
     return stepped
 
@@ -49,14 +65,6 @@ def decode(pipeline: Pipeline, rows: list[Running]) -> tuple[list[bytes], list[b
     """Each row's picture, height x width x 3 bytes, and whether it is valid."""
     pixels, valid = pipeline.decode([row.latents for row in rows if row.latents is not None])
     return [each.numpy().tobytes() for each in pixels], valid.tolist()
-
-
-def _begin(pipeline: Pipeline, schedule: Schedule, row: Running) -> tuple[Tensor, Kept | None]:
-    job = row.job
-    if job.strength is None:
-        return pipeline.noise(job.seed, job.height, job.width, schedule), None
-    assert row.original is not None, "encoded before its first step"
-    return row.original.begin(pipeline.device, job.seed, schedule.table[job.path[0], 1], job.strength)
 
 
 def look(pipeline: Pipeline, job: Job, source: Source) -> Original:

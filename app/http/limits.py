@@ -1,7 +1,6 @@
 """What a route takes of a request's body: its type, its size, the time it has to arrive, and one way to read it."""
 
 import asyncio
-import json
 import re
 import time
 from collections.abc import Callable, Coroutine, MutableMapping
@@ -20,12 +19,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app import errors
 from app.errors import Problem
-from app.http.forms import read_form, text_names
 from app.http.keys import take
 from app.http.ledger import count
 from app.http.protocol import RECEIVE_S
+from app.http.reading import SMALL, loads, read_form, text_names
 
-BODY_LIMIT = 64 << 10  # bytes; a prompt of 2,000 characters takes 12 KB at most, fully escaped 24 KB
 JSON = re.compile(r"application/(json|[^\s;/]+\+json)\s*(;|$)", re.IGNORECASE)  # RFC 8259; RFC 6839, 3.1
 FORM = re.compile(r"multipart/form-data\s*(;|$)", re.IGNORECASE)  # RFC 7578
 
@@ -51,7 +49,7 @@ class LimitedRoute(APIRoute):
     """A route whose body is limited. A subclass may take more. By the route, not by the path, so that all of it holds
     under any prefix."""
 
-    body_limit = BODY_LIMIT
+    body_limit = SMALL
     draws = takes_pictures = False
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +121,7 @@ class Body:
         """Raises Refused where so many bytes of it are too many. A small body is never too much."""
         if length > self._limit:
             raise Refused(Problem(errors.BODY_TOO_LARGE, f"the body is larger than the limit of {self._limit} bytes"))
-        if length > BODY_LIMIT and self._room.held + length - self._read > self._room.bodies:
+        if length > SMALL and self._room.held + length - self._read > self._room.bodies:
             raise Refused(Problem(errors.BODIES))
 
     def let_go(self) -> None:
@@ -136,8 +134,8 @@ class Body:
 
 
 class StrictRequest(Request):
-    """A request whose body has one meaning. JSON: UTF-8 (a byte order mark is skipped), no key twice. A form: the
-    object that JSON would be. The bytes are let go once they are read: the web framework would hold them."""
+    """A request whose JSON or form is read our way. The bytes are let go once they are read: the web framework would
+    hold them."""
 
     def __init__(self, scope: Scope, receive: Receive, texts: frozenset[str]) -> None:
         super().__init__(scope, receive)
@@ -161,16 +159,7 @@ class StrictRequest(Request):
                 return await read_form(content_type, self.stream(), self._texts)
             except Problem as problem:
                 raise Refused(problem) from None
-        try:
-            return _loads(b"".join([chunk async for chunk in self.stream()]))
-        except UnicodeDecodeError:
-            raise json.JSONDecodeError("it is not UTF-8", "", 0) from None
-        except RecursionError:
-            raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
-        except json.JSONDecodeError:
-            raise
-        except ValueError as error:  # a number of thousands of digits
-            raise json.JSONDecodeError(str(error).split(";")[0], "", 0) from None
+        return loads(b"".join([chunk async for chunk in self.stream()]))
 
 
 class Refused(HTTPException):
@@ -179,20 +168,6 @@ class Refused(HTTPException):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.cause.status, problem.detail)
         self.problem = problem
-
-
-def _loads(body: bytes) -> Any:
-    # A picture is one long string: a large body has no more values than a small one, whose objects take little memory.
-    if sum(body.count(each) for each in (b'"', b",", b"[", b"{")) > BODY_LIMIT:
-        raise json.JSONDecodeError("it has too many values", "", 0)
-    return json.loads(body.decode("utf-8-sig"), object_pairs_hook=_once)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise json.JSONDecodeError("it holds a key twice", "", 0)
-    return found
 
 
 def _check_type(headers: Headers, takes_forms: bool) -> None:

@@ -36,13 +36,23 @@ def test_webuiapi_draws_in_its_defaults_and_is_told_what_was_not_used(api):
     )
     unused = drawn.info["extra_generation_params"]["Ignored"].split(", ")
     assert unused == ["negative_prompt", "cfg_scale", "steps", "eta", "sampler_name"]
+    assert drawn.info["extra_generation_params"]["Resized"] == "512x512 to 128x128"
     assert drawn.parameters["steps"] == 20
     assert "Negative prompt" not in drawn.info["infotexts"][0]
 
 
 def test_what_is_used_is_not_called_unused(api):
     drawn = api.txt2img(
-        prompt=PROMPT, steps=2, cfg_scale=1, eta=0, sampler_name="Euler", seed=5, batch_size=2, n_iter=2
+        prompt=PROMPT,
+        steps=2,
+        cfg_scale=1,
+        eta=0,
+        sampler_name="Euler",
+        seed=5,
+        batch_size=2,
+        n_iter=2,
+        width=128,
+        height=128,
     )
     assert drawn.info["extra_generation_params"] == {}
     assert drawn.info["all_seeds"] == [5, 6, 7, 8]
@@ -54,7 +64,8 @@ def test_webuiapi_draws_over_a_picture_where_the_mask_is_white(api):
     apple = api.txt2img(prompt=PROMPT, seed=7).image
     over = api.img2img([apple.resize((512, 512))], prompt=PROMPT, seed=8)
     assert (over.image.size, over.info["denoising_strength"]) == ((128, 128), 0.75)
-    assert "mask_blur" in over.info["extra_generation_params"]["Ignored"]
+    notes = over.info["extra_generation_params"]
+    assert ("mask_blur" in notes["Ignored"], notes["Resized"]) == (True, "512x512 to 128x128")
     half = Image.new("L", apple.size, 0)
     half.paste(255, (0, 0, 64, 128))
     for invert in (0, 1):

@@ -109,8 +109,9 @@ def test_edits_draw_over_a_picture(client):
     apple = opened(client.images.generate(prompt=PROMPT, extra_body={"seed": 7}).data[0].b64_json)
     answer = client.images.edit(image=png(apple.resize((512, 512))), prompt="a green pear", n=2, size="1024x1024")
     assert [opened(each.b64_json).size for each in answer.data] == [(128, 128)] * 2
-    (event,) = client.images.edit(image=png(apple), prompt="a green pear", stream=True)
-    assert event.type == "image_edit.completed"
+    *partial, last = client.images.edit(image=png(apple), prompt="a green pear", stream=True, partial_images=1)
+    assert {event.type for event in partial} <= {"image_edit.partial_image"}
+    assert last.type == "image_edit.completed"
 
 
 def test_edits_draw_anew_where_the_mask_is_transparent(client):
@@ -141,11 +142,22 @@ def test_an_edit_that_cannot_be_is_a_400_that_names_the_field(client, fields, pa
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize(("steps", "wanted", "made"), [(4, 1, 1), (8, 3, 3), (2, 3, 1), (1, 2, 0)])
+def test_partial_images_come_before_the_picture(client, steps, wanted, made):
+    extra = {"seed": 7, "num_inference_steps": steps}
+    *partial, last = client.images.generate(prompt=PROMPT, stream=True, partial_images=wanted, extra_body=extra)
+    assert {event.type for event in partial} <= {"image_generation.partial_image"}
+    indices = [event.partial_image_index for event in partial]  # who reads slowly misses some
+    assert sorted(set(indices) & set(range(made))) == indices
+    assert {opened(event.b64_json).size for event in partial} == ({(16, 16)} if indices else set())
+    assert last.type == "image_generation.completed"
+
+
 def test_models_are_listed_and_found_by_alias(client):
     names = [model.id for model in client.models.list()]
     assert names[0] == "sdxl-lightning"
     assert "4step-unet" in names
-    assert client.models.retrieve("4step-lora").steps == 4
+    assert client.models.retrieve("4step-lora").steps == [4]
     assert client.models.retrieve("dall-e-3").id == "sdxl-lightning"
 
 

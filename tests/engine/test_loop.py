@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from app.engine.costs import Costs
 from app.engine.jobs import Job, Source
 from app.engine.loop import Loop
-from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Report, Submit
+from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Preview, Report, Submit
 from app.engine.queue import Queue, Stepped
 from app.errors import UNAVAILABLE
 from models.catalog import CATALOG, Weights
@@ -29,7 +29,7 @@ LATER = time.monotonic() + 3600
 
 
 def job(id: int, prompt: str = "a red apple", variant: str = "2step-unet", deadline: float = LATER) -> Job:
-    return Job(id, prompt, Weights(variant), FAMILY.variants[variant].steps, id, 128, 128, deadline)
+    return Job(id, prompt, Weights(variant), FAMILY.variants[variant].steps[0], id, 128, 128, deadline)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,20 @@ def test_a_row_that_fails_fails_alone(pipeline):
     serve(loop, sent, 5)
     assert sent.failed() == {2: "FAILED"}
     assert sent.done() == {0, 1, 3, 4}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_who_looks_on_changes_nothing(pipeline, steps):
+    """The same pixels, bit for bit, with a preview of each step but the last and without."""
+    drawn = []
+    for previews in (False, True):
+        loop, sent = make_loop(pipeline, f"{steps}step-unet")
+        loop.post(Submit([msgspec.structs.replace(job(7, variant=f"{steps}step-unet"), previews=previews)]))
+        serve(loop, sent, 1)
+        seen = [(each.step, each.height, each.width, len(each.pixels)) for each in sent if isinstance(each, Preview)]
+        assert seen == [(step, 16, 16, 16 * 16 * 3) for step in range(1, steps) if previews]
+        drawn += pictures(sent)
+    assert drawn[0].equal(drawn[1])
 
 
 def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipeline, monkeypatch):
@@ -137,12 +151,12 @@ def test_a_picture_that_cannot_be_encoded_fails_its_own_rows_only(pipeline):
 
 async def test_a_request_is_told_of_the_steps_that_are_taken(pipeline):
     queue, jobs = Queue(), [over(0, 0.5, 0)]
-    ticket = queue.put(jobs, wants_steps=True)
-    assert [queue.rows[0].steps_left, queue.rows[0].is_encoded] == [2, False]
+    ticket = queue.put(jobs, {each.id: 0 for each in jobs}, wants_steps=True)
+    assert (queue.rows(1)[0][0].steps_left, queue.rows(1)[0][0].is_encoded) == (2, False)
     for step in (1, 2):
         queue.stepped([0])
         assert await ticket.next() == Stepped(0, step)
-    assert [queue.rows[0].steps_left, queue.rows[0].is_encoded] == [0, True]
+    assert (queue.rows(1)[0][0].steps_left, queue.rows(1)[0][0].is_encoded) == (0, True)
 
 
 def test_a_cancelled_row_leaves_and_its_neighbours_stay(pipeline):

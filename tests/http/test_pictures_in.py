@@ -47,8 +47,8 @@ def drawn(response: httpx.Response) -> np.ndarray:
 
 def theirs(variant: str, seed: int, strength: float, mask: bool = False) -> np.ndarray:
     row = oracle.FAMILY.variants[variant]
-    path = starts(row.steps)[strength]
-    timesteps = tuple(make_schedule(row, row.steps).table[list(path), 0].tolist())
+    path = starts(row.steps[0])[strength]
+    timesteps = tuple(make_schedule(row, row.steps[0]).table[list(path), 0].tolist())
     return (oracle.draw_over(variant, PROMPT, seed, strength, timesteps, mask, "np") * 255).round().int().numpy()
 
 
@@ -141,7 +141,7 @@ def test_every_kind_of_file_is_seen_as_it_is_shown(server, data, like):
     ours, plain = (
         drawn(post(server, steps=1, strength=0.25, image=b64(each))) for each in (data, file(like.convert("RGB")))
     )
-    assert (ours == plain).all()
+    assert abs(ours - plain).max() <= 1  # the VAE encoder is torch's, which is not the same to the bit in every thread
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -15,7 +15,7 @@ from tests.models import oracle
 
 PROMPT = "yellow banana, green background"
 LATENTS = {"rtol": 0, "atol": 1e-4}
-STEPS = {name: variant.steps for name, variant in oracle.FAMILY.variants.items()}
+STEPS = {name: variant.steps[0] for name, variant in oracle.FAMILY.variants.items()}
 UNETS = [name for name, variant in oracle.FAMILY.variants.items() if variant.kind == "unet"]
 LORAS = [name for name in STEPS if name not in UNETS]
 GRID = [(name, strength) for name in UNETS for strength in starts(STEPS[name])] + [(name, 0.5) for name in LORAS]
@@ -53,6 +53,14 @@ def test_each_start_of_each_variant_has_diffusers_latents(pipeline, registry, na
 
 
 @pytest.mark.parametrize("mask", [None, oracle.MASK], ids=["img2img", "inpaint"])
+def test_a_guided_picture_over_another_has_diffusers_latents(pipeline, registry, mask):
+    over = {"original": pipeline.look(oracle.IMAGE, mask), "strength": 0.5, "negative": oracle.NEGATIVE, "guidance": 2}
+    ours = pipeline.sample(*parts(registry, "4step-unet"), [PROMPT], [3], 128, 128, **over)[0]
+    expected = oracle.draw_over("4step-unet", PROMPT, 3, 0.5, (), mask is not None, "latent", 2)
+    torch.testing.assert_close(ours, expected, **LATENTS)
+
+
+@pytest.mark.parametrize("mask", [None, oracle.MASK], ids=["img2img", "inpaint"])
 @pytest.mark.parametrize("name", UNETS)
 def test_and_diffusers_pixels(pipeline, registry, name, mask):
     original = pipeline.look(oracle.IMAGE, mask)
@@ -72,7 +80,7 @@ def test_rows_of_all_kinds_share_calls_and_each_has_the_latents_it_has_alone(pip
     for strength, path in starts(STEPS[name]).items():
         for mask in (None, oracle.MASK):
             original = pipeline.look(oracle.IMAGE, mask)
-            begun, keeps = original.begin(pipeline.device, len(rows), schedule.table[path[0], 1], strength)
+            begun, keeps, _ = original.begin(pipeline.device, len(rows), schedule.table[path[0], 1], strength)
             rows.append((len(rows), strength, mask is not None, path))
             latents.append(begun)
             kept.append(keeps)
@@ -83,11 +91,11 @@ def test_rows_of_all_kinds_share_calls_and_each_has_the_latents_it_has_alone(pip
         at = [k for k, (*_, path) in enumerate(rows) if step < len(path)]
         stepped = pipeline.denoise(
             unet,
-            schedule,
+            [schedule] * len(at),
             torch.stack([latents[k] for k in at]),
             [rows[k][-1][step] for k in at],
             [conditioning] * len(at),
-            [kept[k] for k in at],
+            kept=[kept[k] for k in at],
         )
         for k, row in zip(at, stepped, strict=True):
             latents[k] = row
