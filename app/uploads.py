@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyio import CapacityLimiter, to_thread
@@ -17,6 +18,9 @@ MOST_PIXELS = 4096 * 4096  # of a file: 50 MB as RGB
 MOST_SCANS = (
     100  # of a progressive JPEG, which has about ten: thousands would fit, and each takes a pass over all pixels
 )
+Fit = Callable[[int, int], tuple[int, int]]
+Prepare = Callable[[Image.Image], Image.Image]
+
 WHITE = 127  # a mask is drawn anew above this: diffusers binarizes at a half
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is lower, and Pillow's warns on stderr
@@ -35,18 +39,31 @@ class Bitmap:
 
 
 async def read(
-    image: str | bytes | None, mask: str | bytes | None, size: tuple[int, int] | None = None
+    image: str | bytes | None, mask: str | bytes | None, fit: Fit | None = None, prepare: Prepare | None = None
 ) -> tuple[Bitmap | None, Bitmap | None]:
-    """Both as pixels, decoded in a thread. Files, or base64 of them. size: width and height to be resized to; as they
-    are if None. Raises Problem, with the field's name, for what is no valid picture or mask."""
+    """Both as pixels, decoded in a thread. Files, or base64 of them. fit: from the image's width and height to those
+    that both are resized to; as they are if None. prepare: what makes the mask white where it is drawn anew, if it is
+    not. Raises Problem, with the field's name, for what is no valid picture or mask."""
     if image is None and mask is None:
         return None, None
 
     def decode() -> tuple[Bitmap | None, Bitmap | None]:
-        drawn_over = None if image is None else picture(open_file(image, "image"), size)
-        return drawn_over, None if mask is None else stencil(open_file(mask, "mask"), size)
+        opened, size = None if image is None else open_file(image, "image"), None
+        if opened is not None and fit is not None:
+            size = fit(*opened.size)
+        drawn_over = None if opened is None else picture(opened, size)
+        if mask is None:
+            return drawn_over, None
+        shape = open_file(mask, "mask")
+        return drawn_over, stencil(prepare(shape) if prepare else shape, size)
 
     return await to_thread.run_sync(decode, limiter=_threads)
+
+
+def transparent_is_white(mask: Image.Image) -> Image.Image:
+    """A mask that is transparent where it is drawn anew, as OpenAI has it. One that is all opaque stays as it is."""
+    alpha = mask.convert("RGBA").getchannel("A")
+    return mask if alpha.getextrema() == (255, 255) else ImageOps.invert(alpha)
 
 
 def open_file(file: str | bytes, name: str) -> Image.Image:

@@ -1,6 +1,6 @@
 """What each API adds to /generate, for one client at one step: `python -m bench.faces`, on a quiet machine.
 
-The APIs are asked in turns, the same pictures of each, so that what slows the machine slows all of them.
+The APIs are asked in turns, so that what slows the machine slows all of them, each for a prompt that is new.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 from bench.client import Client
 from bench.contenders import HOST, ours
@@ -43,9 +44,10 @@ async def measure(port: int) -> dict[str, list[float]]:
             name: await stack.enter_async_context(Client(HOST, port, path, accept="*/*"))
             for name, (path, _) in FACES.items()
         }
-        for _ in progress(range(ROUNDS), "faces"):
-            ask = next(work)
+        for number in progress(range(ROUNDS), "faces"):
             for name, (_, body) in FACES.items():
+                ask = next(work)
+                ask = replace(ask, prompt=f"{ask.prompt} {name} {number}")
                 data, began = json.dumps(body(ask)).encode(), time.perf_counter()
                 reply = await clients[name].post(data)
                 times[name].append(1e3 * (time.perf_counter() - began))

@@ -6,12 +6,14 @@ model cannot honour is taken, not used, and named in `info`; what would make ano
 
 import json
 import re
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fastapi import APIRouter, Request, Response
+from PIL import Image, ImageOps
 from pydantic import ConfigDict, Field, model_validator
 
 from app import errors, images
+from app.api.a1111_lists import FIXED, SAMPLER, SCHEDULER
 from app.api.compat import (
     LONGEST_PROMPT,
     MOST_PICTURES,
@@ -19,6 +21,7 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
+    read_images,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
@@ -26,17 +29,18 @@ from app.api.draw import Drawn, Picture, as_base64, as_json, draw, parameters
 from app.api.problems import declare, named
 from app.api.schemas import refusal
 from app.engine.jobs import Job
+from app.engine.messages import Done
 from app.errors import Problem
-from app.http.limits import LimitedRoute
+from app.http.limits import LimitedRoute, PictureRoute
 from app.order import Order
 from app.settings import ANY_STEPS
 
 router = APIRouter(tags=["A1111"])
 drawing = APIRouter(prefix="/sdapi/v1", route_class=CompatRoute, tags=["A1111"])
+over = APIRouter(prefix="/sdapi/v1", route_class=PictureRoute, tags=["A1111"])
 setting = APIRouter(prefix="/sdapi/v1", route_class=LimitedRoute, tags=["A1111"])
 
 LORA = re.compile(r"<lora:([^<:>]{1,128})(?::([^<>]{0,64}))?>")  # bounded, so that no prompt takes long
-SAMPLER, SCHEDULER = "Euler", "SGM Uniform"
 UNUSED: dict[str, tuple[Any, ...]] = {  # by their values that change nothing
     "eta": (0,),
     "s_churn": (0,),
@@ -50,40 +54,24 @@ UNUSED: dict[str, tuple[Any, ...]] = {  # by their values that change nothing
     "subseed": (-1,),
     "subseed_strength": (0,),
     "save_images": (False,),
+    "resize_mode": (0,),
+    "mask_blur": (0,),
+    "inpainting_fill": (1,),
+    "inpaint_full_res": (False, 0),
     "sampler_name": ("", SAMPLER),
     "scheduler": ("", "automatic", "Automatic", "sgm_uniform", SCHEDULER),
 }
 IMPOSSIBLE = {
     "enable_hr": "there is no second pass here: ask for the size that you want",
     "script_name": "there are no scripts here",
-    "init_images": "txt2img begins with noise, not with a picture",
 }
-FIXED: dict[str, Any] = {
-    "samplers": [{"name": SAMPLER, "aliases": [], "options": {}}],
-    "schedulers": [
-        {"name": "sgm_uniform", "label": SCHEDULER, "aliases": [], "default_rho": -1, "need_inner_model": False}
-    ],
-    "progress": {  # of all clients together: a figure would make each wait for the others
-        "progress": 0.0,
-        "eta_relative": 0.0,
-        "state": {
-            "job_count": 0,
-            "job": "",
-            "job_no": 0,
-            "sampling_step": 0,
-            "sampling_steps": 0,
-            "skipped": False,
-            "interrupted": False,
-        },
-        "current_image": None,
-        "textinfo": None,
-    },
-    "scripts": {"txt2img": [], "img2img": []},
-    "embeddings": {"loaded": {}, "skipped": {}},
-    "memory": {"ram": {}, "cuda": {}},
-    "cmd-flags": {},
-    **{name: [] for name in ("upscalers", "latent-upscale-modes", "sd-vae", "loras", "face-restorers")},
-    **{name: [] for name in ("prompt-styles", "hypernetworks")},
+NAMES = {
+    "guidance_scale": "cfg_scale",
+    "variant": "override_settings",
+    "model": "override_settings",
+    "loras": "prompt",
+    "image": "init_images",
+    "strength": "denoising_strength",
 }
 
 
@@ -97,6 +85,7 @@ class Txt2Img(Tolerant):
     """What of a request is understood; the rest of UNUSED is named in the answer."""
 
     model_config = ConfigDict(extra="allow")
+    impossible: ClassVar = {**IMPOSSIBLE, "init_images": "belongs to img2img"}
 
     prompt: Prompt
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
@@ -114,15 +103,15 @@ class Txt2Img(Tolerant):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         extra = self.model_extra or {}
-        if field := next((name for name in IMPOSSIBLE if extra.get(name)), None):
-            raise refusal(field, IMPOSSIBLE[field])
+        if field := next((name for name in self.impossible if extra.get(name)), None):
+            raise refusal(field, self.impossible[field])
         if script := next((name for name, script in self.alwayson_scripts.items() if _acts(script)), None):
             raise refusal("alwayson_scripts", f"{script} is not here: the picture would be another one without it")
         if self.batch_size * self.n_iter > MOST_PICTURES:
             raise refusal("n_iter", f"batch_size x n_iter must be at most {MOST_PICTURES}")
         return self
 
-    def order(self, owner: str, parts: Parts) -> Order:
+    async def order(self, owner: str, parts: Parts) -> Order:
         """What is asked for. Raises Problem where there is no such checkpoint."""
         checkpoint = self.override_settings.sd_model_checkpoint or parts.chosen.get("checkpoint")
         name = variant_of(checkpoint, parts)
@@ -146,7 +135,12 @@ class Txt2Img(Tolerant):
             width=self.width,
             height=self.height,
             fit=parts.settings.size_policy == "nearest",
+            **await self.over(parts),
         )
+
+    async def over(self, parts: Parts) -> dict[str, Any]:
+        """What is drawn over, as fields of an Order."""
+        return {}
 
     def unused(self, job: Job) -> list[str]:
         """The fields that would have changed the picture in the web UI, and did not."""
@@ -160,15 +154,50 @@ class Txt2Img(Tolerant):
         return [name for name, is_unused in ours.items() if is_unused] + names
 
 
-@drawing.post("/txt2img", response_model=None, responses=declare(404, 408, 413, 415, 422, 429, 500, 503, 504))
+class Img2Img(Txt2Img):
+    """A picture to draw over, in base64 or as a data: URL, where its mask is white, or all of it."""
+
+    impossible: ClassVar = IMPOSSIBLE
+
+    init_images: list[str] = Field(min_length=1, max_length=1)
+    mask: str | None = None
+    inpainting_mask_invert: bool = False
+    denoising_strength: float = Field(0.75, le=1)
+
+    async def over(self, parts: Parts) -> dict[str, Any]:
+        """The picture and its mask."""
+
+        def prepare(mask: Image.Image) -> Image.Image:
+            alpha = mask.convert("RGBA").getchannel("A")
+            shape = mask.convert("L") if alpha.getextrema() == (255, 255) else alpha  # the web UI's: opaque is white
+            return ImageOps.invert(shape) if self.inpainting_mask_invert else shape
+
+        image, mask = await read_images(self.init_images[0], self.mask, (self.width, self.height), parts, prepare)
+        return {"image": image, "mask": mask, "strength": self.denoising_strength}
+
+
+REFUSALS = declare(404, 408, 413, 415, 422, 429, 500, 503, 504)
+
+
+@drawing.post("/txt2img", response_model=None, responses=REFUSALS)
 async def txt2img(body: Txt2Img, request: Request, parts: PartsDep) -> Response:
     """Draw pictures. `info` holds JSON in a string: what was drawn, and what was not used of the request."""
-    with named(guidance_scale="cfg_scale", variant="override_settings", model="override_settings", loras="prompt"):
-        drawn = await draw(body.order(owner_of(request), parts), "png", 100, request, parts)
+    return await _answer(body, request, parts)
+
+
+@over.post("/img2img", response_model=None, responses=REFUSALS)
+async def img2img(body: Img2Img, request: Request, parts: PartsDep) -> Response:
+    """Draw over a picture."""
+    return await _answer(body, request, parts)
+
+
+async def _answer(body: Txt2Img, request: Request, parts: Parts) -> Response:
+    with named(**NAMES):
+        drawn = await draw(await body.order(owner_of(request), parts), "png", 100, request, parts)
     files = [picture.file for picture in drawn.pictures] if body.send_images else []
     answer = {
         "images": await as_base64(files),
-        "parameters": body.model_dump(include={*Txt2Img.model_fields, *UNUSED}),
+        "parameters": body.model_dump(include={*Txt2Img.model_fields, *UNUSED, "denoising_strength"}),
         "info": json.dumps(_info(body, drawn)),
     }
     return as_json(answer)
@@ -217,8 +246,8 @@ async def listing(listing: str) -> Any:
     return FIXED[listing]
 
 
-router.include_router(drawing)
-router.include_router(setting)
+for each in (drawing, over, setting):
+    router.include_router(each)
 
 
 def _acts(script: object) -> bool:
@@ -239,7 +268,7 @@ def _lora_scale(text: str) -> float:
 def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
     """What was drawn, as the web UI tells it."""
     jobs, first = [picture.job for picture in drawn.pictures], drawn.pictures[0]
-    unused = body.unused(first.job)
+    notes = {"Ignored": ", ".join(body.unused(first.job)), "Resized": _resized(body, first.done)}
     return {
         "prompt": body.prompt,
         "all_prompts": [body.prompt] * len(jobs),
@@ -251,13 +280,20 @@ def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
         "sampler_name": images.SAMPLERS[first.variant.sampler],
         "cfg_scale": first.job.guidance if first.job.guidance > 1 else 0,
         "steps": first.job.steps,
+        "denoising_strength": first.job.strength,
         "batch_size": len(jobs),
         "sd_model_name": first.job.weights.variant,
         "infotexts": [_infotext(body, picture) for picture in drawn.pictures],
         "index_of_first_image": 0,
         "prompt_truncated": drawn.prompt_truncated,
-        "extra_generation_params": {"Ignored": ", ".join(unused)} if unused else {},
+        "extra_generation_params": {name: note for name, note in notes.items() if note},
     }
+
+
+def _resized(body: Txt2Img, done: Done) -> str:
+    """What the size policy made of the size that was asked for."""
+    asked, drawn = f"{body.width}x{body.height}", f"{done.width}x{done.height}"
+    return "" if asked == drawn else f"{asked} to {drawn}"
 
 
 def _infotext(body: Txt2Img, picture: Picture) -> str:

@@ -4,13 +4,14 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from app import errors
+from app import errors, uploads
 from app.api.deps import Parts
 from app.api.schemas import refusal
 from app.errors import Problem
 from app.http.limits import DrawingRoute
 from app.order import SEED_LIMIT, is_blank
 from app.settings import ANY_STEPS
+from app.uploads import Bitmap, Prepare
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI has it; what is not read is cut
 MOST_PICTURES = 10  # of one request, as OpenAI has it
@@ -54,3 +55,27 @@ def variant_of(model: str | None, parts: Parts) -> str | None:
         detail = f"there is no model of this name; there are {', '.join((ANY_STEPS, *known))}"
         raise Problem(errors.UNKNOWN_MODEL, detail, "model")
     return name
+
+
+async def read_images(
+    image: str | bytes | None,
+    mask: str | bytes | None,
+    size: tuple[int | None, int | None],
+    parts: Parts,
+    prepare: Prepare | None = None,
+) -> tuple[Bitmap | None, Bitmap | None]:
+    """Image and mask as pixels, under the size policy resized to what is drawn. Files, base64 or data: URLs. size:
+    width and height that are asked for. Raises Problem."""
+    sizes = parts.family.size
+    fit = None
+
+    def nearest(width: int, height: int) -> tuple[int, int]:
+        return sizes.nearest(size[0] or width, size[1] or height)
+
+    if parts.settings.size_policy == "nearest":
+        fit = nearest
+    return await uploads.read(_without_head(image), _without_head(mask), fit, prepare)
+
+
+def _without_head(file: str | bytes | None) -> str | bytes | None:
+    return file.partition(",")[2] if isinstance(file, str) and file.startswith("data:") else file

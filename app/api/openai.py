@@ -1,4 +1,4 @@
-"""POST /v1/images/generations, as OpenAI's SDKs and those who follow them send it.
+"""POST /v1/images/generations and /v1/images/edits, as OpenAI's SDKs and those who follow them send it.
 
 What they send as a matter of course is taken; what would be another picture is refused by name.
 """
@@ -6,12 +6,12 @@ What they send as a matter of course is taken; what would be another picture is 
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from app.api import sse
 from app.api.compat import (
@@ -21,35 +21,44 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
+    read_images,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import as_base64, as_json, draw, make_file, preview_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
-from app.api.schemas import OutputFormat, refusal
+from app.api.schemas import File, OutputFormat, refusal
 from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Waiting
 from app.errors import Problem
+from app.http.limits import PictureRoute
 from app.images import MEDIA_TYPES
 from app.order import Order
+from app.uploads import transparent_is_white
 from models.catalog import Variant
 
 router = APIRouter(prefix="/v1/images", route_class=CompatRoute)
+editing = APIRouter(route_class=PictureRoute)
 
 STEPS = {"low": 2, "medium": 4, "high": 8, "standard": 4, "auto": 4, "hd": 8, "xhigh": 8, "max": 8}
 QUALITY = {1: "low", 2: "low", 4: "medium"}  # of the answer, by steps; more are high
 NAMES = {"variant": "model", "steps": "num_inference_steps", "width": "size", "height": "size"}
 IMPOSSIBLE = {
-    "mask": "belongs to /v1/images/edits",
+    "markup": "is not read: send a mask",
     "svg": "cannot be made: pictures are made of pixels",
     "loras": "are not served here",
 }
+REFUSALS = declare(400, 404, 408, 413, 415, 429, 500, 503, 504, shape=OPENAI_ERROR)
+EDITS_FORM = {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/EditsRequest"}}}}
 
 
 class ImagesRequest(Tolerant):
     """OpenAI's fields, and those of the few-step servers beside them: seed, num_inference_steps, guidance_scale,
     negative_prompt, loras."""
+
+    event: ClassVar = "image_generation"
+    impossible: ClassVar = {**IMPOSSIBLE, **dict.fromkeys(("image", "mask"), "belongs to /v1/images/edits")}
 
     prompt: Prompt
     model: str | None = None
@@ -70,11 +79,11 @@ class ImagesRequest(Tolerant):
     @model_validator(mode="before")
     @classmethod
     def _possible(cls, data: object) -> object:
-        if isinstance(data, dict) and (field := next((name for name in IMPOSSIBLE if data.get(name)), None)):
-            raise refusal(field, IMPOSSIBLE[field])
+        if isinstance(data, dict) and (field := next((name for name in cls.impossible if data.get(name)), None)):
+            raise refusal(field, cls.impossible[field])
         return data
 
-    def order(self, owner: str, parts: Parts) -> Order:
+    async def order(self, owner: str, parts: Parts) -> Order:
         """What is asked for. Raises Problem where there is no such model."""
         variant = variant_of(self.model, parts)
         steps = self.num_inference_steps
@@ -94,19 +103,49 @@ class ImagesRequest(Tolerant):
             height=height,
             fit=parts.settings.size_policy == "nearest",
             previews=self.stream and self.partial_images > 0,
+            **await self.over((width, height), parts),
         )
 
+    async def over(self, size: tuple[int | None, int | None], parts: Parts) -> dict[str, Any]:
+        """What is drawn over, as fields of an Order."""
+        return {}
 
-@router.post(
-    "/generations",
-    response_model=None,
-    responses=declare(400, 404, 408, 413, 415, 429, 500, 503, 504, shape=OPENAI_ERROR),
-)
+
+class EditsRequest(ImagesRequest):
+    """A form, or JSON with base64. Of several pictures none is drawn over. strength is ours, as in /generate."""
+
+    event: ClassVar = "image_edit"
+    impossible: ClassVar = IMPOSSIBLE
+
+    image: File = Field(validation_alias=AliasChoices("image", "image[]"))
+    mask: File | None = None
+    strength: float | None = Field(None, gt=0, le=1)
+
+    async def over(self, size: tuple[int | None, int | None], parts: Parts) -> dict[str, Any]:
+        """The picture, and the mask, whose transparent pixels are drawn anew."""
+        image, mask = await read_images(self.image, self.mask, size, parts, transparent_is_white)
+        return {"image": image, "mask": mask, "strength": self.strength}
+
+
+@router.post("/generations", response_model=None, responses=REFUSALS)
 async def generate_images(body: ImagesRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures, as OpenAI's API has it: JSON, or server-sent events where stream is true."""
+    return await _answer(body, request, parts)
+
+
+@editing.post("/edits", response_model=None, responses=REFUSALS, openapi_extra={"requestBody": EDITS_FORM})
+async def edit_images(body: EditsRequest, request: Request, parts: PartsDep) -> Response:
+    """Draw over a picture, where its mask is transparent, or all of it."""
+    return await _answer(body, request, parts)
+
+
+router.include_router(editing)
+
+
+async def _answer(body: ImagesRequest, request: Request, parts: Parts) -> Response:
     request.state.seeded = body.seed is not None
     with named(**NAMES):
-        order = body.order(owner_of(request), parts)
+        order = await body.order(owner_of(request), parts)
         if body.stream:
             return await sse.respond(request, _events(body, order, request, parts), _error)
         drawn = await draw(order, body.output_format, body.output_compression or 1, request, parts)
@@ -157,14 +196,14 @@ async def _partial(body: ImagesRequest, job: Job, index: int, preview: Preview) 
         "size": f"{preview.width}x{preview.height}",
         "seed": job.seed,
     }
-    return _event("image_generation.partial_image", {"type": "image_generation.partial_image", **picture, **about})
+    return _event(f"{body.event}.partial_image", {"type": f"{body.event}.partial_image", **picture, **about})
 
 
 async def _completed(body: ImagesRequest, order: Order, variant: Variant, job: Job, done: Done) -> bytes:
     file = await make_file(order, variant, job, done, body.output_format, body.output_compression or 1)
     (picture,) = await _pictures(body, [file])
     about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed}
-    return _event("image_generation.completed", {"type": "image_generation.completed", **picture, **about})
+    return _event(f"{body.event}.completed", {"type": f"{body.event}.completed", **picture, **about})
 
 
 def _error(problem: Problem) -> bytes:

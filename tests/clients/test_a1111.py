@@ -12,6 +12,7 @@ from PIL import Image
 from tests.conftest import APPLE
 
 PROMPT = APPLE["prompt"]
+PIXELS = webuiapi.raw_b64_img(Image.new("RGB", (8, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +36,46 @@ def test_webuiapi_draws_in_its_defaults_and_is_told_what_was_not_used(api):
     )
     unused = drawn.info["extra_generation_params"]["Ignored"].split(", ")
     assert unused == ["negative_prompt", "cfg_scale", "steps", "eta", "sampler_name"]
+    assert drawn.info["extra_generation_params"]["Resized"] == "512x512 to 128x128"
     assert drawn.parameters["steps"] == 20
     assert "Negative prompt" not in drawn.info["infotexts"][0]
 
 
 def test_what_is_used_is_not_called_unused(api):
     drawn = api.txt2img(
-        prompt=PROMPT, steps=2, cfg_scale=1, eta=0, sampler_name="Euler", seed=5, batch_size=2, n_iter=2
+        prompt=PROMPT,
+        steps=2,
+        cfg_scale=1,
+        eta=0,
+        sampler_name="Euler",
+        seed=5,
+        batch_size=2,
+        n_iter=2,
+        width=128,
+        height=128,
     )
     assert drawn.info["extra_generation_params"] == {}
     assert drawn.info["all_seeds"] == [5, 6, 7, 8]
     assert len(drawn.images) == len(drawn.info["infotexts"]) == 4
     assert "Steps: 2, Sampler: Euler, Schedule type: SGM Uniform, CFG scale: 0, Seed: 8" in drawn.info["infotexts"][3]
+
+
+def test_webuiapi_draws_over_a_picture_where_the_mask_is_white(api):
+    apple = api.txt2img(prompt=PROMPT, seed=7).image
+    over = api.img2img([apple.resize((512, 512))], prompt=PROMPT, seed=8)
+    assert (over.image.size, over.info["denoising_strength"]) == ((128, 128), 0.75)
+    notes = over.info["extra_generation_params"]
+    assert ("mask_blur" in notes["Ignored"], notes["Resized"]) == (True, "512x512 to 128x128")
+    half = Image.new("L", apple.size, 0)
+    half.paste(255, (0, 0, 64, 128))
+    for invert in (0, 1):
+        drawn = api.img2img(
+            [apple], mask_image=half, inpainting_mask_invert=invert, denoising_strength=1, prompt=PROMPT, seed=9
+        )
+        kept = (64, 0, 128, 128) if not invert else (0, 0, 64, 128)
+        new = (0, 0, 64, 128) if not invert else (64, 0, 128, 128)
+        assert drawn.image.crop(kept).tobytes() == apple.crop(kept).tobytes()
+        assert drawn.image.crop(new).tobytes() != apple.crop(new).tobytes()
 
 
 def test_webuiapis_lists_and_waits_work(api):
@@ -96,6 +125,20 @@ def test_what_would_be_another_picture_is_a_422_with_a_sentence(server, fields, 
     assert (refused.status_code, refused.json()["field"]) == (422, field)
     assert isinstance(refused.json()["detail"], str)
     assert "images" not in refused.json()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "init_images"),
+        ({"init_images": ["no picture"]}, "init_images"),
+        ({"init_images": [PIXELS], "denoising_strength": 0}, "denoising_strength"),
+        ({"init_images": [PIXELS], "mask": "bm8gcGljdHVyZQ=="}, "mask"),
+    ],
+)
+def test_what_cannot_be_drawn_over_is_a_422(server, fields, field):
+    refused = post(server, "img2img", prompt="x", **fields)
+    assert (refused.status_code, refused.json()["field"]) == (422, field)
 
 
 def test_scripts_that_are_off_and_nulls_are_taken(server):

@@ -29,6 +29,14 @@ def test_the_client_is_told_what_is_wrong(server):
     assert refused.value.response.json()["field"] == "num_inference_steps"
 
 
+def test_the_client_draws_over_a_picture(server):
+    client, data = InferenceClient(base_url=server.url), io.BytesIO()
+    client.text_to_image(PROMPT, seed=7).resize((512, 512)).save(data, "PNG")
+    over = client.image_to_image(data.getvalue(), "a green pear on a blue background", num_inference_steps=4)
+    assert over.size == (128, 128)
+    assert "Denoising strength: 0.75" in over.info["parameters"]
+
+
 def test_bytes_come_whatever_is_accepted(server):
     for accept, kind in (("*/*", "PNG"), ("image/jpeg", "JPEG"), ("image/png", "PNG"), ("text/html", "PNG")):
         answer = httpx.post(server.url, json={"inputs": PROMPT, "parameters": None}, headers={"accept": accept})

@@ -99,6 +99,49 @@ def test_a_stream_has_one_completed_event_for_each_picture(client):
     assert {(event.size, event.output_format, event.background) for event in events} == {("128x128", "png", "opaque")}
 
 
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_edits_draw_over_a_picture(client):
+    apple = opened(client.images.generate(prompt=PROMPT, extra_body={"seed": 7}).data[0].b64_json)
+    answer = client.images.edit(image=png(apple.resize((512, 512))), prompt="a green pear", n=2, size="1024x1024")
+    assert [opened(each.b64_json).size for each in answer.data] == [(128, 128)] * 2
+    *partial, last = client.images.edit(image=png(apple), prompt="a green pear", stream=True, partial_images=1)
+    assert {event.type for event in partial} <= {"image_edit.partial_image"}
+    assert last.type == "image_edit.completed"
+
+
+def test_edits_draw_anew_where_the_mask_is_transparent(client):
+    apple = opened(client.images.generate(prompt=PROMPT, extra_body={"seed": 7}).data[0].b64_json)
+    mask = Image.new("RGBA", apple.size, "white")
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    answer = client.images.edit(
+        image=[png(apple)], mask=png(mask), prompt="a green pear", model="gpt-image-1", input_fidelity="high"
+    )
+    drawn = opened(answer.data[0].b64_json).convert("RGB")
+    left, right = (0, 0, 64, 128), (64, 0, 128, 128)
+    assert drawn.crop(right).tobytes() == apple.convert("RGB").crop(right).tobytes()
+    assert drawn.crop(left).tobytes() != apple.convert("RGB").crop(left).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"image": [b"1", b"2"]}, "image[]"),
+        ({"image": b"no picture"}, "image"),
+        ({"image": b"x", "background": "transparent"}, "background"),
+        ({"image": png(Image.new("RGB", (8, 8))), "mask": png(Image.new("RGB", (8, 8)))}, "mask"),
+    ],
+)
+def test_an_edit_that_cannot_be_is_a_400_that_names_the_field(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.edit(prompt="x", **fields)
+    assert refused.value.param == param
+
+
 @pytest.mark.parametrize(("steps", "wanted", "made"), [(4, 1, 1), (8, 3, 3), (2, 3, 1), (1, 2, 0)])
 def test_partial_images_come_before_the_picture(client, steps, wanted, made):
     extra = {"seed": 7, "num_inference_steps": steps}

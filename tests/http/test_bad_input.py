@@ -122,6 +122,8 @@ def test_nothing_is_loaded_or_unloaded_over_the_public_port(server):
     assert writing == {
         ("/generate", "post"),
         ("/v1/images/generations", "post"),
+        ("/v1/images/edits", "post"),
+        ("/sdapi/v1/img2img", "post"),
         ("/sdapi/v1/txt2img", "post"),
         ("/sdapi/v1/options", "post"),  # which of the variants a request means that names none
         ("/sdapi/v1/interrupt", "post"),
