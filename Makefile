@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test test-clients check format bench supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
+.PHONY: serve serve-ray test test-clients test-ray check format bench supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
@@ -31,6 +31,19 @@ build/clients/sglang/made: $(HEAVY)/sglang.txt
 build/clients/npm/made: $(HEAVY)/package.json
 	mkdir -p build/clients/npm && cp $< build/clients/npm
 	cd build/clients/npm && npm install --silent --no-audit --no-fund --no-package-lock
+	@touch $@
+
+# Ray has an environment of its own: 2 GB of disk. Two replicas of the embedded model, and what happens when one dies.
+RAY_ENV = $(shell grep -v '^\#' deploy/ray.env) PYTHONPATH=.
+serve-ray: build/ray/made
+	@env $(RAY_ENV) build/ray/bin/serve run deploy/ray.yaml
+
+test-ray: .venv/developed build/ray/made
+	$(BIN)/python -m pytest -s tests/ray/checks.py
+
+build/ray/made: requirements.lock pyproject.toml
+	$(PYTHON) -m venv build/ray
+	build/ray/bin/pip --disable-pip-version-check --quiet install --constraint requirements.lock --editable '.[cpu,ray]'
 	@touch $@
 
 check: .venv/developed
@@ -73,8 +86,9 @@ evaluate: .venv/developed system-packages
 
 # requirements.lock is what pip resolved, to be read as constraints (the editable install itself is left out);
 # docker/requirements.lock is what the image installs, with hashes, but for torch, whose build differs by device.
-lock: .venv/developed .venv/audit
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; /^sdxl-lightning/d' > requirements.lock
+lock: .venv/developed .venv/audit build/ray/made
+	{ $(BIN)/python -m pip freeze --exclude-editable; build/ray/bin/pip freeze --exclude-editable; } \
+	  | sed 's/+cpu//; /^sdxl-lightning/d' | LC_ALL=C sort -fu > requirements.lock
 	.venv/audit/bin/uv --quiet pip compile pyproject.toml --extra cpu --constraint requirements.lock --generate-hashes \
 	  --no-emit-package torch --python-version 3.11 --no-header --no-annotate --output-file docker/requirements.lock
 

@@ -58,6 +58,7 @@ class Metrics:
             "sdxl_loop_lag_seconds", "How late the event loop of HTTP is, ten times a second."
         )
         self.step_cost = self._gauge("sdxl_step_cost_seconds", "Measured at warm-up: one UNet call.", "batch", "device")
+        self.decode_cost = self._gauge("sdxl_decode_cost_seconds", "The same: one VAE call.", "batch", "device")
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, labels, registry=self.registry)

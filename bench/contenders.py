@@ -59,14 +59,21 @@ class Contender:
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
                 raise RuntimeError(f"{self.name} ended while starting: {self.last_words()}")
-            body = self._readiness()
+            body = self.ask()
             if body is not None and is_ready(body):
                 self.readiness = body
                 return True
             time.sleep(0.2)
         return False
 
-    def _readiness(self) -> dict[str, Any] | None:
+    @property
+    def pid(self) -> int:
+        """Of the server's first process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def ask(self) -> dict[str, Any] | None:
+        """What it says of its readiness; None while it is not ready."""
         try:
             with urllib.request.urlopen(f"http://{HOST}:{self.port}{self.ready_path}", timeout=5) as reply:
                 text = reply.read()
@@ -124,10 +131,10 @@ class Contender:
             os.killpg(self._process.pid, which)
 
 
-def ours(**settings: str) -> Contender:
+def ours(name: str = "ours", **settings: str) -> Contender:
     """Our server, with these settings and its defaults."""
     environment = {"HOST": HOST, "PORT": "{port}", "MODEL": "embedded", **settings}
-    return Contender("ours", [sys.executable, "-m", "app.cli", "serve"], "/ready", environment, rests=False)
+    return Contender(name, [sys.executable, "-m", "app.cli", "serve"], "/ready", environment, rests=False)
 
 
 def peer(name: str, threads: int) -> Contender:

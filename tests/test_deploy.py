@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from app.metrics import Metrics
+from models.gpu.cache import private
 from tests.conftest import ROOT, TOOLS, needed
 
 DEPLOY, CHART = ROOT / "deploy", ROOT / "deploy" / "chart"
@@ -62,6 +63,19 @@ def test_a_pod_is_given_the_time_to_drain_and_no_more_rights_than_it_needs():
     assert server["securityContext"]["readOnlyRootFilesystem"] is True
     assert server["readinessProbe"]["failureThreshold"] == 1
     assert server["livenessProbe"]["httpGet"]["path"] == "/live"
+
+
+def test_compiled_code_is_kept_although_the_pods_group_may_write_to_its_volume(tmp_path):
+    (deployment,) = (each for each in render() if each["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    volume, mounted = tmp_path / "volume", tmp_path / "mounted"
+    volume.mkdir()
+    volume.chmod(0o2777)  # as kubelet makes an emptyDir where there is an fsGroup
+    (init,), (server,) = pod["initContainers"], pod["containers"]
+    run(*(word.replace("/cache", str(volume)) for word in init["command"]))
+    (mount,) = (each for each in server["volumeMounts"] if each["name"] == "cache")
+    (volume / mount["subPath"]).rename(mounted)
+    assert private(mounted) == mounted
 
 
 def test_the_alert_rules_hold_in_their_tests():

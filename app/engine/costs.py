@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import msgspec
 
@@ -12,7 +13,7 @@ GOOD_ENOUGH = 0.95  # of the best images/s: a larger batch would only add latenc
 HUNG_TIMES, HUNG_S = 10.0, 10.0  # a call that takes so many times its measured cost, and at least so long, has hung
 
 
-class Costs(msgspec.Struct, frozen=True):
+class Costs(msgspec.Struct, frozen=True, dict=True):
     """Seconds of a UNet step and of a VAE decode by batch size, measured at warm-up at one picture size.
 
     step, decode: seconds by batch size, from 1 up. pixels: of the measured pictures; other sizes are priced in
@@ -39,12 +40,12 @@ class Costs(msgspec.Struct, frozen=True):
         """What encoding the picture that a row draws over takes, where that is still to be done."""
         return self.picture * row.pixels / self.pixels if row.source is not None and not row.is_encoded else 0.0
 
-    @property
+    @cached_property
     def best_batch(self) -> int:
         """The smallest batch of a UNet step that reaches 95 % of the best images/s."""
         return _smallest_good(self.step)
 
-    @property
+    @cached_property
     def best_decode_batch(self) -> int:
         """The same for the VAE."""
         return _smallest_good(self.decode)

@@ -146,6 +146,8 @@ class Fleet:
             if engine.costs is not None:
                 for batch, seconds in engine.costs.step.items():
                     self.metrics.step_cost.labels(str(batch), engine.name).set(seconds)
+                for batch, seconds in engine.costs.decode.items():
+                    self.metrics.decode_cost.labels(str(batch), engine.name).set(seconds)
 
     def _open(self) -> list[tuple[int, EngineProcess]]:
         """The engines that take new work, with their numbers: those that answered lately; if none did, those that
