@@ -69,6 +69,7 @@ EXTRA := $(if $(shell command -v nvidia-smi),,[cpu])
 
 .venv/developed: .venv/served
 	@$(PIP) install --constraint requirements.lock --editable '.[cpu,distill,bench,dev]'
+	@$(PIP) install --constraint requirements.lock --no-deps compel  # an oracle of tests, which would bring Jupyter
 	@touch $@
 
 # What tests and training need from the system: the emoji font, a browser, promtool.

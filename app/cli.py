@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import sys
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
 from app import logs
-from app.order import PROMPT_LIMIT, is_blank
+from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
 from app.settings import PREFIX, EngineSettings, Settings
 from models.catalog import CATALOG
 
@@ -35,8 +34,13 @@ class Generate(EngineSettings):
     """Draw one prompt into a file, without a server."""
 
     prompt: CliPositionalArg[str] = Field(max_length=PROMPT_LIMIT, description="what to draw")
-    variant: str = Field("4step-unet", description="weights by name; see `models list`")
-    seed: int | None = Field(None, ge=0, lt=2**32, description="random if absent")
+    variant: str | None = Field(None, description="weights by name; see `models list`")
+    steps: int | None = Field(None, ge=1, description="alone, it means the UNet of its step count; 4 if absent")
+    guidance_scale: float | None = Field(None, ge=0, description="within the variant's range; 0 and 1 mean without")
+    negative_prompt: str | None = Field(None, max_length=PROMPT_LIMIT, description="what to move away from")
+    width: int | None = Field(None, description="pixels; the model's own size if absent")
+    height: int | None = Field(None, description="pixels; the model's own size if absent")
+    seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
 
     @field_validator("prompt", mode="before")
@@ -55,9 +59,18 @@ class Generate(EngineSettings):
         """Draw and save."""
         from app.offline import draw  # torch is imported here, and only for this command
 
-        seed = random.randrange(2**32) if self.seed is None else self.seed
-        draw(self, self.prompt, self.variant, seed, self.output)
-        print(f"{self.output} (seed {seed})")
+        order = Order(
+            owner="",
+            prompt=self.prompt,
+            variant=self.variant,
+            negative_prompt=self.negative_prompt,
+            guidance=self.guidance_scale,
+            steps=self.steps,
+            seed=self.seed,
+            width=self.width,
+            height=self.height,
+        )
+        print(f"{self.output} (seed {draw(self, order, self.output)})")
 
 
 class Models(EngineSettings):

@@ -1,5 +1,6 @@
 """The commands that need the model but no server."""
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -8,36 +9,44 @@ from pathlib import Path
 import msgspec
 
 from app.engine.load import CANNOT_OPEN, open_model
+from app.errors import Problem
 from app.images import MEDIA_TYPES, encode
+from app.order import Limits, Order, resolve
 from app.settings import EngineSettings
-from models.catalog import Family, Weights
+from models.catalog import Family
 from models.weights import BadWeights, MissingWeights, WeightStore
 
+LIMITS = Limits(timeout_s=math.inf, max_timeout_s=math.inf, max_pixels=1 << 60)  # whoever calls this has the machine
 
-def draw(settings: EngineSettings, prompt: str, variant: str, seed: int, output: Path) -> None:
-    """One picture of `prompt` into `output`. Exits with a sentence where that is impossible."""
+
+def draw(settings: EngineSettings, order: Order, output: Path) -> int:
+    """The picture of an order into `output`; returns its seed. Exits with a sentence where that is impossible."""
     kind = output.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
     if kind not in MEDIA_TYPES:
         sys.exit(f"{output}: the name must end in .png, .jpeg or .webp")
     if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
         sys.exit(f"{output} cannot be written: its folder must be there, and writable")
     try:
-        model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[variant]), workers=1)
-    except CANNOT_OPEN as error:
+        model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[]), workers=1)
+        (job,) = resolve(order, model.family, LIMITS, now=0.0)
+        model.registry.load(job.weights)
+    except (Problem, *CANNOT_OPEN) as error:
         sys.exit(str(error))
-    steps, side = model.family.variants[variant].steps, model.family.size.default
-    unet, schedule = model.registry.use(Weights(variant)), model.registry.schedule(variant, steps)
+    variant = job.weights.variant
+    unet, schedule = model.registry.use(job.weights), model.registry.schedule(variant, job.steps)
+    size, guide = (job.height, job.width), (job.negative_prompt, job.guidance)
     try:
-        pixels, valid = model.pipeline.draw(unet, schedule, [prompt], [seed], side, side)
+        pixels, valid = model.pipeline.draw(unet, schedule, [job.prompt], [job.seed], *size, *guide)
     except Exception as error:
         sys.exit(f"no picture could be drawn: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     if not valid.all():
         sys.exit(f"no picture was written: {variant} made a blank or undefined picture; try another seed or variant")
-    parameters = {"Steps": steps, "Seed": seed, "Model": f"sdxl-lightning-{variant}"}
+    parameters = {"Steps": job.steps, "Seed": job.seed, "Model": f"sdxl-lightning-{variant}"}
     try:
-        output.write_bytes(encode(pixels[0].numpy().tobytes(), side, side, kind, 90, parameters))
+        output.write_bytes(encode(pixels[0].numpy().tobytes(), job.width, job.height, kind, 90, parameters))
     except OSError as error:
         sys.exit(f"{output} cannot be written: {error.strerror}")
+    return job.seed
 
 
 def list_variants(settings: EngineSettings, family: Family) -> None:

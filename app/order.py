@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from app import errors
 from app.engine.jobs import Job, new_id
 from app.errors import Problem
-from models.catalog import Family, Variant, Weights
+from models.catalog import Family, Guidance, Variant, Weights
 
 DEFAULT_STEPS = 4
 SEED_LIMIT = 2**32
@@ -26,6 +26,7 @@ def is_blank(prompt: str) -> bool:
 class Order:
     """One request for n pictures. None: left to us.
 
+    guidance: 0 and 1 mean without. negative_prompt: None is the absent one, which is not the empty one.
     owner: who asks, so that the same order from somebody else is another one. width, height: pixels. timeout: seconds
     after which the pictures are of no use. Picture k of n has seed + k.
     """
@@ -71,16 +72,13 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
         raise Problem(errors.INVALID, detail, "n" if order.n > 1 else "width")
     if order.timeout is not None and order.timeout > limits.max_timeout_s:
         raise Problem(errors.INVALID, f"timeout must be at most {limits.max_timeout_s:g} s on this server", "timeout")
-    if order.guidance is not None and order.guidance not in (0, 1):
-        raise Problem(errors.INVALID, f"guidance must be 0 or absent: {variant.name} draws without it", "guidance")
-    if order.negative_prompt:
-        raise Problem(errors.INVALID, "negative_prompt acts through guidance, which is off", "negative_prompt")
+    guidance = _guidance(order, variant)
     if order.styles:
         raise Problem(errors.INVALID, f"there is no style {order.styles[0][0]}", "loras")
     weights = Weights(variant.name, order.styles)
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
-    drawn = (height, width, deadline, order.owner)
+    drawn = (height, width, deadline, order.owner, order.negative_prompt, guidance)
     return [Job(new_id(), order.prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
 
 
@@ -94,3 +92,19 @@ def _variant(order: Order, family: Family) -> Variant:
         detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
         raise Problem(errors.INVALID, detail, "steps")
     return variant
+
+
+def _guidance(order: Order, variant: Variant) -> float:
+    """The scale that an order means, 1 for none: within what the variant's maker declared."""
+    allowed = variant.guidance or Guidance(1.0, 1.0, 1.0)
+    scale = order.guidance or (allowed.default if order.guidance is None else 1.0)
+    without = f"{variant.name} is distilled to run without guidance"
+    if not allowed.minimum <= scale <= allowed.maximum:
+        between = f"from {allowed.minimum:g} to {allowed.maximum:g} with {variant.name}, not {order.guidance:g}"
+        detail = f"must be {between}" if variant.guidance else f"must be 0, 1 or absent: {without}"
+        raise Problem(errors.INVALID, f"guidance_scale {detail}", "guidance_scale")
+    if order.negative_prompt and scale <= 1:
+        how = f"set guidance_scale above 1, to {allowed.maximum:g} at the most" if allowed.maximum > 1 else without
+        detail = f"negative_prompt acts through guidance: {how}"
+        raise Problem(errors.INVALID, detail, "negative_prompt")
+    return scale

@@ -1,33 +1,20 @@
 """The pipeline: prompts to conditioning, latents to latents, latents to pictures. It holds no request and no clock."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, CLIPTokenizer
 
 from models.device import Device
 from models.modules import UNetFunction, load_decoder, load_text_encoders
+from models.prompts import Conditioning, Prompts, TextFunction
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
 
 # Step(latents, table, prompt_embeds, pooled, time_ids) -> latents: advance() with its UNet filled in
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-PROMPTS_CACHED = 1024  # prompts; SDXL's take 318 KB each in fp16 (77 x 2048 + 1280), so 0.3 GB in all
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """One prompt as the UNet reads it. prompt_embeds: (L, C), pooled: (P,), both in the model's dtype.
-    truncated: the prompt had more tokens than the text encoders take, and its end was cut."""
-
-    prompt_embeds: Tensor
-    pooled: Tensor
-    truncated: bool
 
 
 def advance(
@@ -49,21 +36,14 @@ class Pipeline:
 
     def __init__(self, store: WeightStore, device: Device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.tokenizers = [
-            CLIPTokenizer.from_pretrained(store.component_folder(part), local_files_only=True)
-            for part in ("tokenizer", "tokenizer_2")
-        ]
-        for tokenizer, part in zip(self.tokenizers, ("text_encoder", "text_encoder_2"), strict=True):
-            # Not what its own folder says: a number above this has no embedding.
-            tokenizer.model_max_length = store.config(part).get("max_position_embeddings", 77)  # CLIP's default
-        self.text: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = load_text_encoders(store, device.name, dtype)
+        self.text: TextFunction = load_text_encoders(store, device.name, dtype)
+        self.prompts = Prompts(store, lambda *ids: self.text(*map(device.put, ids)))
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
         self.steps: dict[UNetFunction, Step] = {}
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
-        self._prompts: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
 
     def draw(
         self,
@@ -73,9 +53,12 @@ class Pipeline:
         seeds: Sequence[int],
         height: int,
         width: int,
+        negative: str | None = None,
+        guidance: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one."""
-        latents = self.sample(unet, schedule, prompts, seeds, height, width)
+        """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one.
+        negative, guidance: as in Conditioning, for all of them."""
+        latents = self.sample(unet, schedule, prompts, seeds, height, width, negative, guidance)
         self.device.wait()
         return self.decode(list(latents))
 
@@ -87,47 +70,19 @@ class Pipeline:
         seeds: Sequence[int],
         height: int,
         width: int,
+        negative: str | None = None,
+        guidance: float = 1.0,
     ) -> Tensor:
         """Their latents after the last step, (B, 4, h, w) float32."""
-        conditioning = [self.project(unet, row) for row in self.encode(prompts)]
+        found = self.prompts.encode(prompts)
+        if guidance > 1:
+            away = None if negative is None else self.prompts.encode([negative])[0]
+            found = [self.prompts.guide(row, away, guidance) for row in found]
+        conditioning = [self.project(unet, row) for row in found]
         latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
         for step in range(len(schedule.timesteps)):
             latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning)
         return latents
-
-    @torch.inference_mode()
-    def encode(self, prompts: Sequence[str], owners: Sequence[str] | None = None) -> list[Conditioning]:
-        """Conditioning of each prompt; new ones go through the text encoders in one batch, known ones are cached.
-        owners: who asks for each. They share no cache, for the time that a prompt takes tells whether it is known."""
-        asked = list(zip(owners or [""] * len(prompts), prompts, strict=True))
-        new = [each for each in dict.fromkeys(asked) if each not in self._prompts]
-        if new:
-            tokens = [self._tokenize(tokenizer, [prompt for _, prompt in new]) for tokenizer in self.tokenizers]
-            embeds, pooled = self.text(*(self.device.put(each.input_ids) for each in tokens))
-            is_full = (tokens[0].attention_mask | tokens[1].attention_mask).all(dim=1).tolist()
-            for row, each in enumerate(new):
-                is_cut = is_full[row] and self._is_cut(each[1])
-                self._prompts[each] = Conditioning(embeds[row].clone(), pooled[row].clone(), is_cut)
-        found = []
-        for each in asked:
-            self._prompts.move_to_end(each)
-            found.append(self._prompts[each])
-        while len(self._prompts) > PROMPTS_CACHED:
-            self._prompts.popitem(last=False)
-        return found
-
-    @staticmethod
-    def _tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> BatchEncoding:
-        return tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-
-    def _is_cut(self, prompt: str) -> bool:
-        return any(len(tokenizer(prompt).input_ids) > tokenizer.model_max_length for tokenizer in self.tokenizers)
-
-    def forget_prompts(self) -> None:
-        """Encode every prompt anew from now on."""
-        self._prompts.clear()
 
     def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
         """The starting latents of one picture, (4, h, w) float32: diffusers' own, from a CPU generator, so that a seed
@@ -142,7 +97,10 @@ class Pipeline:
         """The row with its embeddings as the UNet reads them fastest, if it knows such a way (models.gpu.static). They
         depend on prompt and weights alone: made once per request instead of in each step."""
         project = getattr(unet, "project", None)
-        return row if project is None else replace(row, prompt_embeds=project(row.prompt_embeds))
+        if project is None:
+            return row
+        away = row.away and self.project(unet, row.away)
+        return replace(row, prompt_embeds=project(row.prompt_embeds), away=away)
 
     @torch.inference_mode()
     def denoise(
@@ -153,18 +111,30 @@ class Pipeline:
         steps: Sequence[int],
         conditioning: Sequence[Conditioning],
     ) -> Tensor:
-        """One step of every row, wherever each row stands. Waits for nothing on the host.
+        """One step of every row, wherever each row stands. Waits for nothing on the host. A guided row is two of the
+        UNet's.
 
         latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule.
-        conditioning: B rows, all as encode() gave them or all as project() did.
+        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
-        table = schedule.table[self.device.put(torch.tensor(steps))]
-        embeds = torch.stack([row.prompt_embeds for row in conditioning])
-        pooled = torch.stack([row.pooled for row in conditioning])
-        time_ids = self._time_ids(height, width).repeat(len(conditioning), 1)  # compiled code reads it as it lies
+        guided = [index for index, row in enumerate(conditioning) if row.away is not None]
+        rows = [*conditioning, *(row.away for row in conditioning if row.away is not None)]
+        both = torch.cat([latents, latents[guided]]) if guided else latents
+        table = schedule.table[self.device.put(torch.tensor([*steps, *(steps[index] for index in guided)]))]
+        embeds = torch.stack([row.prompt_embeds for row in rows])
+        pooled = torch.stack([row.pooled for row in rows])
+        time_ids = self._time_ids(height, width).repeat(len(rows), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
-        return run(latents, table, embeds, pooled, time_ids)
+        moved = run(both, table, embeds, pooled, time_ids)
+        if not guided:
+            return moved
+        # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row of
+        # the UNet's depends on another, and graphs may split them as they like.
+        towards, away = moved[: len(latents)], moved[len(latents) :]
+        scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
+        towards[guided] = away + scale * (towards[guided] - away)
+        return towards
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

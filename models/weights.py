@@ -74,6 +74,16 @@ class WeightStore:
             raise BadWeights(f"{part}/{path.name} holds no JSON object")
         return found
 
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether an absent negative prompt is zeros, not the encoded empty prompt: what the model's directory says, or
+        diffusers' default."""
+        path = self.directory and self.directory / "model_index.json"
+        try:
+            return bool(json.loads(path.read_text())["force_zeros_for_empty_prompt"]) if path else True
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+
     def is_complete(self) -> bool:
         """Whether every file of the base and at least one variant is here without a download."""
         try:

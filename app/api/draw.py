@@ -106,7 +106,7 @@ async def _file(job: Job, done: Done, output_format: str, quality: int) -> bytes
         "Steps": job.steps,
         "Sampler": "Euler",
         "Schedule type": "SGM Uniform",  # what other tools call trailing timesteps
-        "CFG scale": 0,
+        "CFG scale": job.guidance if job.guidance > 1 else 0,
         "Seed": job.seed,
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.weights.variant}",

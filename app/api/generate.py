@@ -36,6 +36,8 @@ def _order(body: GenerateRequest, owner: str) -> Order:
         owner=owner,
         prompt=body.prompt,
         variant=body.variant,
+        negative_prompt=body.negative_prompt,
+        guidance=body.guidance_scale,
         steps=body.steps,
         seed=body.seed,
         n=body.n,
@@ -50,6 +52,7 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
     headers = {
         "X-Seed": str(picture.job.seed),
         "X-Variant": picture.job.weights.variant,
+        "X-Prompt-Tokens": str(picture.done.tokens),
         "X-Prompt-Truncated": str(picture.done.truncated).lower(),
         "Server-Timing": ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in drawn.timings_ms.items()),
     }
@@ -64,6 +67,7 @@ def _json(request: Request, drawn: Drawn) -> Response:
         variant=first.job.weights.variant,
         width=first.done.width,
         height=first.done.height,
+        prompt_tokens=first.done.tokens,
         prompt_truncated=first.done.truncated,
         images=[Image(b64_json=base64.b64encode(each.file).decode(), seed=each.job.seed) for each in drawn.pictures],
         timings_ms=drawn.timings_ms,

@@ -42,9 +42,11 @@ class GenerateRequest(BaseModel):
     size: StrictStr | None = Field(
         None, pattern=r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$", description="WIDTHxHEIGHT, instead of both"
     )
-    guidance_scale: StrictFloat | None = Field(None, description="0 or absent: Lightning has no guidance")
+    guidance_scale: StrictFloat | None = Field(
+        None, ge=0, description="within the variant's range, see GET /v1/models; 0 and 1 mean without"
+    )
     negative_prompt: StrictStr | None = Field(
-        None, max_length=2000, description="empty or absent: Lightning has no guidance"
+        None, max_length=PROMPT_LIMIT, description="what to move away from, where guidance_scale is above 1"
     )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
@@ -70,12 +72,6 @@ class GenerateRequest(BaseModel):
             raise _refusal("prompt", "must have a character that can be seen")
         if self.steps is not None and self.steps not in STEPS:
             raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
-        if self.guidance_scale:
-            raise _refusal("guidance_scale", "must be 0 or absent: SDXL-Lightning is distilled to run without guidance")
-        if self.negative_prompt:
-            raise _refusal(
-                "negative_prompt", "must be empty or absent: it acts through guidance, which Lightning has none of"
-            )
         if self.size and (self.width or self.height):
             raise _refusal("size", "cannot be given together with width or height")
         if self.seed is not None and self.seed + self.n > SEED_LIMIT:
@@ -106,6 +102,7 @@ class GenerateResponse(BaseModel):
     variant: str
     width: int
     height: int
+    prompt_tokens: int
     prompt_truncated: bool
     images: list[Image]
     timings_ms: dict[str, float]

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from app.engine.jobs import Job, Row
+from app.engine.messages import Done
 from app.logs import leave, say
 from models.device import Device
-from models.pipeline import Conditioning
+from models.prompts import Conditioning
 
 
 @dataclass(eq=False)
@@ -31,7 +32,16 @@ class Running:
     @property
     def row(self) -> Row:
         """This job as the scheduler sees it."""
-        return self.job.row(self.step, self.conditioning is not None)
+        if self.conditioning is None:
+            return self.job.row(self.step)
+        return self.job.row(self.step, is_encoded=True, length=len(self.conditioning.prompt_embeds))
+
+    def done(self, pixels: bytes) -> Done:
+        """What its client is told."""
+        assert self.conditioning is not None
+        drawn = (self.job.id, self.job.weights.variant, self.job.height, self.job.width, pixels)
+        text = (self.conditioning.tokens, self.conditioning.truncated)
+        return Done(*drawn, self.seconds, self.batches, *text)
 
     def spent(self, stage: str, seconds: float) -> None:
         """Count time towards a stage."""

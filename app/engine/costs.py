@@ -59,7 +59,7 @@ class Costs(msgspec.Struct, frozen=True):
 
     def shares(self, rows: Iterable[Row]) -> dict[int, float]:
         """Each row's share of those seconds, by id: its steps and decode in the batches its group allows."""
-        groups: dict[tuple[Weights, int, int], list[Row]] = {}
+        groups: dict[tuple[Weights, int, int, int], list[Row]] = {}
         for row in rows:
             groups.setdefault(row.group, []).append(row)
         shares = {}

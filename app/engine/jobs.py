@@ -16,7 +16,7 @@ new_id = count(1).__next__  # an id that no other job of this process has
 
 class Job(msgspec.Struct, frozen=True):
     """One picture to draw. deadline: seconds on this machine's monotonic clock, which its processes share. owner: who
-    asked for it, since no two owners share what is cached."""
+    asked for it, since no two owners share what is cached. guidance: 1 means without; negative_prompt acts above."""
 
     id: Id
     prompt: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
@@ -27,16 +27,20 @@ class Job(msgspec.Struct, frozen=True):
     width: Pixels
     deadline: float
     owner: str = ""
+    negative_prompt: Annotated[str, msgspec.Meta(max_length=2000)] | None = None
+    guidance: float = 1.0
 
-    def row(self, step: int = 0, is_encoded: bool = False) -> "Row":
+    def row(self, step: int = 0, is_encoded: bool = False, length: int = 0) -> "Row":
         """This job as the scheduler sees it once `step` of its steps are done."""
-        return Row(self.id, self.weights, self.height, self.width, self.deadline, self.steps - step, is_encoded)
+        count = 2 if self.guidance > 1 else 1
+        drawn = (self.id, self.weights, self.height, self.width, self.deadline)
+        return Row(*drawn, self.steps - step, is_encoded, count, length)
 
 
 @dataclass(frozen=True)
 class Row:
     """A picture as the scheduler sees it: some steps from its end. count: rows of a UNet call that it takes (two where
-    it is guided)."""
+    it is guided). length: of its prompt's embeddings, once it is encoded."""
 
     id: int
     weights: Weights
@@ -46,11 +50,12 @@ class Row:
     steps_left: int
     is_encoded: bool = True
     count: int = 1
+    length: int = 0
 
     @property
-    def group(self) -> tuple[Weights, int, int]:
+    def group(self) -> tuple[Weights, int, int, int]:
         """Rows of one group can share a UNet call."""
-        return self.weights, self.height, self.width
+        return self.weights, self.height, self.width, self.length
 
     @property
     def size(self) -> tuple[int, int]:

@@ -23,7 +23,6 @@ from app.engine.costs import Costs
 from app.engine.loading import Loading
 from app.engine.messages import (
     Cancel,
-    Done,
     Failed,
     FromEngine,
     Measured,
@@ -37,7 +36,8 @@ from app.engine.messages import (
 from app.engine.scheduler import Workers, may_change, plan
 from app.logs import STDERR, leave
 from models.catalog import Weights
-from models.pipeline import Conditioning, Pipeline
+from models.pipeline import Pipeline
+from models.prompts import Conditioning
 from models.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -283,9 +283,7 @@ class Loop:
                 self._fail(job.id, "NUMERIC_FAULT", f"{job.weights.variant} made a blank or undefined picture")
                 continue
             del self.board[job.id]
-            truncated = running.conditioning is not None and running.conditioning.truncated
-            done = (job.weights.variant, job.height, job.width, pixels, running.seconds, running.batches, truncated)
-            self.send(Done(job.id, *done))
+            self.send(running.done(pixels))
 
     def _isolate(self, call: Call, error: Exception) -> None:
         """Find the row that fails by halving: it fails alone, its neighbours go on."""

@@ -95,7 +95,8 @@ class Worked(msgspec.Struct, tag=True, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """A picture: height x width x 3 bytes. seconds: by stage. batches: the rows of each of its steps."""
+    """A picture: height x width x 3 bytes. seconds: by stage. batches: the rows of each of its steps. tokens: of its
+    prompt, whose end was not read where that is truncated."""
 
     id: Id
     variant: str
@@ -104,6 +105,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     pixels: bytes
     seconds: dict[str, float]
     batches: list[int]
+    tokens: int
     truncated: bool
 
 

@@ -34,7 +34,7 @@ def add_batches(loop: Loop, model: Model) -> None:
 
     def add(batch: int) -> None:
         record_from(model.pipeline, 1)
-        model.pipeline.encode([f"warm-up {row} of {batch}" for row in range(batch)])
+        model.pipeline.prompts.encode([f"warm-up {row} of {batch}" for row in range(batch)])
         loop.replace_costs(loop.costs.joined(model.measure([batch])))
         record_from(model.pipeline, SEEN_OFTEN)
 

@@ -20,7 +20,9 @@ def measure(pipeline: Pipeline, registry: Registry, batches: Sequence[int], work
     torch.OutOfMemoryError if memory is not enough for one picture."""
     device, size = pipeline.device, registry.store.family.size
     at_a_time = workers if registry.bind is not None else 1  # else one module steps, while the others do other things
-    encode = _seconds(pipeline, lambda: pipeline.encode([f"warm-up {time.monotonic_ns()}"]))  # new: none is cached
+    encode = _seconds(
+        pipeline, lambda: pipeline.prompts.encode([f"warm-up {time.monotonic_ns()}"])
+    )  # new: none is cached
     if device.first_call_is_typical:
         step, decode = _step_and_decode(pipeline, registry, size.minimum, 1, repeats=0)
         if step + decode > COSTLY_S:
@@ -45,7 +47,7 @@ def _step_and_decode(
     unet = registry.use(Weights(name))
     schedule = registry.schedule(name, registry.store.family.variants[name].steps)
     latents = pipeline.noise(0, pixels, pixels, schedule).repeat(batch, 1, 1, 1)
-    rows = [pipeline.project(unet, pipeline.encode(["a warm-up"])[0])] * batch
+    rows = [pipeline.project(unet, pipeline.prompts.encode(["a warm-up"])[0])] * batch
     step = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, [0] * batch, rows), repeats)
     return step, _seconds(pipeline, lambda: pipeline.decode(list(latents)), repeats)
 

@@ -5,13 +5,22 @@ from torch import Tensor
 
 from app.engine.calls import Running
 from models.modules import UNetFunction
-from models.pipeline import Conditioning, Pipeline
+from models.pipeline import Pipeline
+from models.prompts import Conditioning
 from models.schedule import Schedule
 
 
 def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
-    """Each row's prompt."""
-    return pipeline.encode([row.job.prompt for row in rows], [row.job.owner for row in rows])
+    """Each row's prompt, guided away from its negative one where it is guided."""
+    jobs = [row.job for row in rows]
+    negative = [job for job in jobs if job.guidance > 1 and job.negative_prompt is not None]
+    texts = [*(job.prompt for job in jobs), *(job.negative_prompt or "" for job in negative)]
+    found = pipeline.prompts.encode(texts, [job.owner for job in (*jobs, *negative)])
+    away = dict(zip((job.id for job in negative), found[len(jobs) :], strict=True))
+    return [
+        pipeline.prompts.guide(each, away.get(job.id), job.guidance) if job.guidance > 1 else each
+        for job, each in zip(jobs, found, strict=False)
+    ]
 
 
 def denoise(pipeline: Pipeline, unet: UNetFunction, schedule: Schedule, rows: list[Running]) -> Tensor:

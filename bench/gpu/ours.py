@@ -13,7 +13,8 @@ from models.device import Device, Tier
 from models.gpu.device import Gpu
 from models.gpu.prepare import use_graphs
 from models.gpu.static import StaticUNet
-from models.pipeline import Conditioning, Pipeline
+from models.pipeline import Pipeline
+from models.prompts import Conditioning
 from models.registry import Registry
 from models.schedule import Schedule
 from models.weights import WeightStore
@@ -51,7 +52,7 @@ class Ours:
         """Rows before their first step: encoded, projected, with their noise."""
         self.use(variant)
         schedule = self._schedule(variant)
-        known = [self.pipeline.project(self.unet, row) for row in self.pipeline.encode(prompts)]
+        known = [self.pipeline.project(self.unet, row) for row in self.pipeline.prompts.encode(prompts)]
         return [
             (self.pipeline.noise(seed, pixels, pixels, schedule), row) for seed, row in zip(seeds, known, strict=True)
         ]
@@ -75,8 +76,8 @@ class Ours:
 
     def encode_anew(self, prompts: Sequence[str]) -> None:
         """Encode prompts that may be known."""
-        self.pipeline.forget_prompts()
-        self.pipeline.encode(prompts)
+        self.pipeline.prompts.forget()
+        self.pipeline.prompts.encode(prompts)
 
     def _schedule(self, variant: str) -> Schedule:
         return self.registry.schedule(variant, self.rig.family.variants[variant].steps)

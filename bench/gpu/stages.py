@@ -91,7 +91,7 @@ def _ours(ours: Ours, pixels: int, batches: tuple[int, ...], table: dict[str, An
 
 
 def _whole(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixels: int) -> None:
-    ours.pipeline.forget_prompts()
+    ours.pipeline.prompts.forget()
     ours.draw(variant, asked, seeds, pixels)
 
 

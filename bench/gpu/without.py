@@ -21,7 +21,8 @@ def without(ours: Ours, pixels: int, batches: tuple[int, ...], found: dict[str, 
         asked = list(prompts()[:batch])
         rows = ours.start(VARIANT, asked, range(batch), pixels)
         encoded = [
-            (latents, ours.pipeline.encode([prompt])[0]) for (latents, _), prompt in zip(rows, asked, strict=True)
+            (latents, ours.pipeline.prompts.encode([prompt])[0])
+            for (latents, _), prompt in zip(rows, asked, strict=True)
         ]
         at = [0] * batch
         note("step, keys and values of the prompt made in each", batch, ours.step, VARIANT, encoded, at)

@@ -68,7 +68,10 @@ class Cpu(Device):
             return pixels, valid != 0
 
         def bind(weight_set: WeightSet) -> UNetFunction:
-            return _unet(make(partial(networks.unet, weight_set, unet, dtype, side, length)), unet)
+            def graph(chunks: int) -> Graph:
+                return make(partial(networks.unet, weight_set, unet, dtype, side, chunks * length))
+
+            return _unet(graph, length, unet)
 
         pipeline.text, pipeline.decoder = encode, picture
         registry.use_compiled(bind)
@@ -113,8 +116,9 @@ class Cpu(Device):
                 done()
 
 
-def _unet(graph: Graph, config: networks.Config) -> UNetFunction:
-    """A graph with the plain arguments of models.modules.UNet."""
+def _unet(make: Callable[[int], Graph], length: int, config: networks.Config) -> UNetFunction:
+    """Graphs for prompts of 1, 2, ... chunks of `length`, with the plain arguments of models.modules.UNet."""
+    graphs = {1: make(1)}
     channels, added = config["block_out_channels"][0], config["addition_time_embed_dim"]
     is_flipped, shift = config["flip_sin_to_cos"], config["freq_shift"]
 
@@ -126,7 +130,10 @@ def _unet(graph: Graph, config: networks.Config) -> UNetFunction:
     def unet(latents: Tensor, timestep: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
         times = torch.stack([features((time,), channels) for time in timestep.tolist()])
         sizes = torch.stack([features(tuple(row), added) for row in time_ids.tolist()])
-        (out,) = graph(latents, times, embeds, torch.cat([pooled.float(), sizes], dim=-1))
+        chunks = embeds.shape[1] // length
+        if chunks not in graphs:
+            graphs[chunks] = make(chunks)
+        (out,) = graphs[chunks](latents, times, embeds, torch.cat([pooled.float(), sizes], dim=-1))
         return out
 
     return unet

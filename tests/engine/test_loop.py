@@ -76,7 +76,7 @@ def test_a_row_that_fails_fails_alone(pipeline):
 
 def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipeline, monkeypatch):
     loop, sent = make_loop(pipeline, "2step-unet")
-    encode = pipeline.encode
+    encode = pipeline.prompts.encode
 
     def fails_once_together(prompts, owners):
         if len(prompts) > 1:
@@ -84,7 +84,7 @@ def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipel
             raise RuntimeError("two at a time are too many")
         return encode(prompts, owners)
 
-    monkeypatch.setattr(pipeline, "encode", fails_once_together)
+    monkeypatch.setattr(pipeline.prompts, "encode", fails_once_together)
     loop.post(Submit([job(0), job(1)]))
     serve(loop, sent, 1)
     assert (sent.done(), sent.failed()) == ({0}, {})
@@ -96,7 +96,7 @@ def test_nobody_learns_from_the_time_whether_another_has_asked_for_a_prompt(pipe
     text = pipeline.text
     pipeline.text = lambda *ids: encoded.append(len(ids[0])) or text(*ids)
     for owner in ("a", "b", "a"):
-        pipeline.encode(["a secret prompt"], [owner])
+        pipeline.prompts.encode(["a secret prompt"], [owner])
     pipeline.text = text
     assert encoded == [1, 1]
 
@@ -128,7 +128,7 @@ def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embed
 
 @pytest.mark.parametrize(("seconds", "second"), [(30, {1: "UNAVAILABLE"}), (0, {})])
 def test_a_load_that_failed_is_not_tried_again_at_once_and_logged_once(
-    pipeline, embedded_copy, monkeypatch, capsys, seconds, second
+    pipeline, embedded_copy, monkeypatch, caplog, seconds, second
 ):
     monkeypatch.setattr("app.engine.loading.UNAVAILABLE", replace(UNAVAILABLE, retry_after=seconds))
     broken = embedded_copy / FAMILY.variants["8step-unet"].file
@@ -142,7 +142,7 @@ def test_a_load_that_failed_is_not_tried_again_at_once_and_logged_once(
         loop.post(Submit([job(1, variant="8step-unet")]))
         assert eventually(lambda: len(sent.done()) + len(sent.failed()) == 2)
     assert sent.failed() == {0: "UNAVAILABLE", **second}
-    assert capsys.readouterr().err.count("weights cannot be loaded") == 1
+    assert caplog.messages.count("weights cannot be loaded") == 1
 
 
 def test_more_variants_than_two_tiers_hold_are_all_served_and_evicted_in_turn(pipeline):

@@ -157,10 +157,14 @@ def test_a_sane_request_id_is_echoed_and_another_is_replaced(server):
 
 
 def test_a_prompt_cut_by_the_tokenizer_is_reported(server):
-    assert server.generate(prompt="red apple " * 100).json()["prompt_truncated"] is True
+    long, short = (server.generate(prompt="red apple " * words).json() for words in (100, 20))
+    assert (long["prompt_truncated"], long["prompt_tokens"]) == (True, 200)
+    assert (short["prompt_truncated"], short["prompt_tokens"]) == (False, 40)
 
 
-@pytest.mark.parametrize("prompt", ["🍎", "‮שלום", "ا" * 2000, "a\u0301" * 500, "\x00", " " * 50, "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "prompt", ["🍎", "‮שלום", "ا" * 2000, "a\u0301" * 500, "\x00a", " " * 50 + "a", "<|endoftext|>"]
+)
 def test_any_text_is_a_prompt(server, prompt):
     assert server.generate(prompt=prompt, steps=1).status_code == 200
 

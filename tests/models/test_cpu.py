@@ -35,7 +35,9 @@ def exact() -> Model:
     """In float32, with all batch sizes."""
     model = opened("float32")
     for name in VARIANTS:
-        step(model, name, model.pipeline.encode(PROMPTS[:1]), [0])  # asked for once: then larger batches are wanted
+        step(
+            model, name, model.pipeline.prompts.encode(PROMPTS[:1]), [0]
+        )  # asked for once: then larger batches are wanted
     model.device.finish(model.registry)
     return model
 
@@ -65,7 +67,7 @@ def step(model: Model | tuple[Pipeline, Registry], name: str, conditioning, seed
 
 
 def test_text_encoders_equal_the_modules(exact, eager):
-    for ours, theirs in zip(exact.pipeline.encode(PROMPTS), eager[0].encode(PROMPTS), strict=True):
+    for ours, theirs in zip(exact.pipeline.prompts.encode(PROMPTS), eager[0].prompts.encode(PROMPTS), strict=True):
         torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.pooled, theirs.pooled, rtol=1e-4, atol=1e-4)
 
@@ -73,7 +75,7 @@ def test_text_encoders_equal_the_modules(exact, eager):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_steps_equal_the_modules_for_any_batch_and_weights(exact, eager, name, rows):
-    conditioning = eager[0].encode([PROMPTS[row % 3] for row in range(rows)])
+    conditioning = eager[0].prompts.encode([PROMPTS[row % 3] for row in range(rows)])
     ours, theirs = (step(model, name, conditioning, list(range(rows))) for model in (exact, eager))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -92,10 +94,12 @@ def test_the_decoder_draws_what_the_module_draws_and_finds_what_is_undefined_or_
 def test_a_row_has_the_same_bytes_alone_in_any_batch_in_any_thread_and_from_the_first_second_on(served):
     """The same request gives the same picture, to the byte."""
     prompts, seeds = [PROMPTS[row % 3] for row in range(7)], list(range(7))
-    first = step(served, "4step-unet", served.pipeline.encode(prompts), seeds)  # row by row: nothing else is there yet
-    served.pipeline.forget_prompts()
+    first = step(
+        served, "4step-unet", served.pipeline.prompts.encode(prompts), seeds
+    )  # row by row: nothing else is there yet
+    served.pipeline.prompts.forget()
     served.device.finish(served.registry)
-    encoded = served.pipeline.encode(prompts)  # 4 + 1 + 1 + 1
+    encoded = served.pipeline.prompts.encode(prompts)  # 4 + 1 + 1 + 1
     assert torch.equal(step(served, "4step-unet", encoded, seeds), first)
     backwards = step(served, "4step-unet", encoded[::-1], seeds[::-1])
     assert torch.equal(backwards.flip(0), first)
@@ -109,10 +113,10 @@ def test_a_row_has_the_same_bytes_alone_in_any_batch_in_any_thread_and_from_the_
 def test_another_process_draws_the_same_bytes(served):
     code = (
         "from tests.models.test_cpu import *; model = opened('bfloat16'); "
-        "print(float(step(model, '1step-unet', model.pipeline.encode(PROMPTS[:1]), [7]).double().sum()))"
+        "print(float(step(model, '1step-unet', model.pipeline.prompts.encode(PROMPTS[:1]), [7]).double().sum()))"
     )
     theirs = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    ours = step(served, "1step-unet", served.pipeline.encode(PROMPTS[:1]), [7])
+    ours = step(served, "1step-unet", served.pipeline.prompts.encode(PROMPTS[:1]), [7])
     assert float(theirs.split()[-1]) == float(ours.double().sum())
 
 
@@ -157,7 +161,7 @@ socket.socket.connect = socket.socket.connect_ex = refused
 socket.getaddrinfo = refused
 from tests.models.test_cpu import *
 model = opened("float32")
-step(model, "4step-unet", model.pipeline.encode(PROMPTS), [0, 1, 2])
+step(model, "4step-unet", model.pipeline.prompts.encode(PROMPTS), [0, 1, 2])
 import openvino
 openvino.convert_model(torch.nn.Linear(2, 2), example_input=torch.zeros(1, 2))
 assert sys.modules["openvino_telemetry"] is None

@@ -49,7 +49,7 @@ def step_once(pipeline: Pipeline, registry: Registry, name: str, rows: int, proj
     """Rows with seeds, prompts and steps of their own."""
     unet, schedule = registry.use(Weights(name)), registry.schedule(name, STORE.family.variants[name].steps)
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(rows)])
-    conditioning = pipeline.encode([PROMPTS[row % 3] for row in range(rows)])
+    conditioning = pipeline.prompts.encode([PROMPTS[row % 3] for row in range(rows)])
     if project:
         conditioning = [pipeline.project(unet, row) for row in conditioning]
     steps = [row % len(schedule.timesteps) for row in range(rows)]
@@ -101,17 +101,17 @@ def test_a_prompt_projected_once_steps_as_one_projected_each_time(pipeline, plai
 
 def test_projecting_twice_changes_nothing(pipeline, static):
     unet = static.use(Weights("4step-unet"))
-    once = pipeline.project(unet, pipeline.encode(PROMPTS[:1])[0])
+    once = pipeline.project(unet, pipeline.prompts.encode(PROMPTS[:1])[0])
     assert pipeline.project(unet, once).prompt_embeds is once.prompt_embeds
     assert len(once.prompt_embeds[0]) == len(static.unet.text_weights) > 0
 
 
 def test_text_and_decoder_are_recorded_too(pipeline, plain):
-    theirs = pipeline.encode(PROMPTS), pipeline.decode(list(step_once(pipeline, plain, "1step-unet", 3)))
+    theirs = pipeline.prompts.encode(PROMPTS), pipeline.decode(list(step_once(pipeline, plain, "1step-unet", 3)))
     recorded = Pipeline(STORE, Device(), torch.float32)
     recorded.text = Graphed(recorded.text, by_calling)
     recorded.decoder = Graphed(recorded.decoder, by_calling, BUCKETS[:2])
-    ours = recorded.encode(PROMPTS), recorded.decode(list(step_once(recorded, plain, "1step-unet", 3)))
+    ours = recorded.prompts.encode(PROMPTS), recorded.decode(list(step_once(recorded, plain, "1step-unet", 3)))
     for row, expected in zip(ours[0], theirs[0], strict=True):
         torch.testing.assert_close(row.prompt_embeds, expected.prompt_embeds, **CLOSE)
     assert (ours[1][0].int() - theirs[1][0].int()).abs().max() <= 1
@@ -201,7 +201,7 @@ def test_a_recorded_step_waits_for_nothing_on_the_host():
 
 def _step_on_gpu(pipeline: Pipeline, unet, schedule) -> Tensor:
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(3)])
-    return pipeline.denoise(unet, schedule, latents, range(3), pipeline.encode(PROMPTS))
+    return pipeline.denoise(unet, schedule, latents, range(3), pipeline.prompts.encode(PROMPTS))
 
 
 def test_a_text_encoder_is_causal_without_masks():

@@ -70,7 +70,7 @@ def test_rows_that_join_and_leave_at_different_steps_have_the_latents_of_each_al
     unet, schedule = parts(registry, name)
     steps, seeds = len(schedule.timesteps), (7, 0, 3)
     rows = [pipeline.noise(seed, 128, 128, schedule) for seed in seeds]
-    conditioning = pipeline.encode(PROMPTS[:3])
+    conditioning = pipeline.prompts.encode(PROMPTS[:3])
     for call in range(steps + len(rows) - 1):
         at = [(k, call - k) for k in range(len(rows)) if 0 <= call - k < steps]
         moved = pipeline.denoise(
@@ -94,16 +94,16 @@ def test_switching_variants_back_and_forth_leaves_no_trace(pipeline, registry):
 
 
 def test_a_prompt_that_is_too_long_is_reported_as_cut(pipeline):
-    short, long = pipeline.encode(["a red apple", "a red apple " * 100])
+    short, long = pipeline.prompts.encode(["a red apple", "a red apple " * 100])
     assert (short.truncated, long.truncated) == (False, True)
 
 
 def test_prompts_are_cached_within_bounds(pipeline, monkeypatch):
-    monkeypatch.setattr("models.pipeline.PROMPTS_CACHED", 2)
-    first = pipeline.encode(["one"])[0]
-    assert pipeline.encode(["one"])[0] is first
-    pipeline.encode(["two", "three", "four"])
-    assert pipeline.encode(["one"])[0] is not first
+    monkeypatch.setattr("models.prompts.CACHED", 2)
+    first = pipeline.prompts.encode(["one"])[0]
+    assert pipeline.prompts.encode(["one"])[0] is first
+    pipeline.prompts.encode(["two", "three", "four"])
+    assert pipeline.prompts.encode(["one"])[0] is not first
 
 
 def test_a_picture_of_undefined_or_flat_pixels_is_found_invalid(pipeline, registry):
@@ -118,7 +118,7 @@ def test_text_encoders_with_the_released_files_older_names_load_alike(pipeline, 
     older = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in state.items()}
     save_file(older | {"text_model.embeddings.position_ids": torch.arange(24)[None]}, path)
     other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
-    ours, theirs = (each.encode([PROMPTS[0]])[0] for each in (pipeline, other))
+    ours, theirs = (each.prompts.encode([PROMPTS[0]])[0] for each in (pipeline, other))
     torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds)
 
 
@@ -139,6 +139,6 @@ def test_tokenizers_read_as_much_as_the_text_encoders_whatever_their_own_folders
         path.write_text(json.dumps({**config, **changed}))
     other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
     for prompt in (PROMPTS[0], "a red apple " * 100):
-        ours, theirs = (each.encode([prompt])[0] for each in (pipeline, other))
+        ours, theirs = (each.prompts.encode([prompt])[0] for each in (pipeline, other))
         torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=0, atol=0)
         assert ours.truncated == theirs.truncated
