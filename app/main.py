@@ -8,11 +8,12 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
-from app.api import deps, generate, health, models, problems
+from app.api import deps, generate, health, loras, models, problems
 from app.engine.fleet import Fleet
 from app.http.ledger import Ledger
 from app.metrics import Metrics
 from app.settings import Settings
+from models.styles import Styles
 
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
 
@@ -37,8 +38,8 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # a redirected POST would lose the proxy's path, and its body with some clients
         generate_unique_id_function=_plain_name,
     )
-    deps.install(app, deps.Parts(fleet, settings, metrics))
-    for api in (generate, health, models):
+    deps.install(app, deps.Parts(fleet, settings, metrics, Styles(settings.lora_dir)))
+    for api in (generate, health, loras, models):
         app.include_router(api.router)
     problems.install(app)
     app.add_middleware(Ledger, metrics=metrics, render=problems.respond)

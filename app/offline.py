@@ -11,9 +11,11 @@ import msgspec
 from app.engine.load import CANNOT_OPEN, open_model
 from app.errors import Problem
 from app.images import MEDIA_TYPES, encode
+from app.images import styles as styled
 from app.order import Limits, Order, resolve
 from app.settings import EngineSettings
 from models.catalog import Family
+from models.styles import Styles
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 LIMITS = Limits(timeout_s=math.inf, max_timeout_s=math.inf, max_pixels=1 << 60)  # whoever calls this has the machine
@@ -28,20 +30,22 @@ def draw(settings: EngineSettings, order: Order, output: Path) -> int:
         sys.exit(f"{output} cannot be written: its folder must be there, and writable")
     try:
         model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[]), workers=1)
-        (job,) = resolve(order, model.family, LIMITS, now=0.0)
+        styles = Styles(settings.lora_dir).find(dict(order.styles), model.family)
+        (job,) = resolve(order, model.family, LIMITS, now=0.0, styles=styles)
         model.registry.load(job.weights)
     except (Problem, *CANNOT_OPEN) as error:
         sys.exit(str(error))
     variant = job.weights.variant
     unet, schedule = model.registry.use(job.weights), model.registry.schedule(variant, job.steps)
+    through = model.pipeline.prompts_for(job.weights, model.registry.text_factors(job.weights))
     size, guide = (job.height, job.width), (job.negative_prompt, job.guidance)
     try:
-        pixels, valid = model.pipeline.draw(unet, schedule, [job.prompt], [job.seed], *size, *guide)
+        pixels, valid = model.pipeline.draw(unet, schedule, [job.prompt], [job.seed], *size, *guide, through)
     except Exception as error:
         sys.exit(f"no picture could be drawn: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     if not valid.all():
         sys.exit(f"no picture was written: {variant} made a blank or undefined picture; try another seed or variant")
-    parameters = {"Steps": job.steps, "Seed": job.seed, "Model": f"sdxl-lightning-{variant}"}
+    parameters = {"Steps": job.steps, "Seed": job.seed, "Model": f"sdxl-lightning-{variant}", **styled(job.weights)}
     try:
         output.write_bytes(encode(pixels[0].numpy().tobytes(), job.width, job.height, kind, 90, parameters))
     except OSError as error:

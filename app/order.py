@@ -3,14 +3,19 @@
 import hashlib
 import secrets
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from app import errors
 from app.engine.jobs import Job, new_id
 from app.errors import Problem
-from models.catalog import Family, Guidance, Variant, Weights
+from models.catalog import Family, Guidance, Style, Variant, Weights
+from models.styles import StyleFile
 
 DEFAULT_STEPS = 4
+MOST_STYLES = 4
+MOST_NAMED = 50  # of the styles there are, in a refusal
 SEED_LIMIT = 2**32
 PROMPT_LIMIT = 2000  # characters
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
@@ -27,8 +32,8 @@ class Order:
     """One request for n pictures. None: left to us.
 
     guidance: 0 and 1 mean without. negative_prompt: None is the absent one, which is not the empty one.
-    owner: who asks, so that the same order from somebody else is another one. width, height: pixels. timeout: seconds
-    after which the pictures are of no use. Picture k of n has seed + k.
+    owner: who asks, so that the same order from somebody else is another one. styles: by name how much of each, -2 to
+    2. width, height: pixels. timeout: seconds after which the pictures are of no use. Picture k of n has seed + k.
     """
 
     owner: str
@@ -59,9 +64,11 @@ class Limits:
     max_pixels: int
 
 
-def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Job]:
-    """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock.
-    Raises Problem for what the family does not draw or the server does not allow."""
+def resolve(
+    order: Order, family: Family, limits: Limits, now: float, styles: Mapping[str, StyleFile] = MappingProxyType({})
+) -> list[Job]:
+    """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock. styles: those
+    that there are, by name. Raises Problem for what the family does not draw or the server does not allow."""
     variant = _variant(order, family)
     width, height = order.width or family.size.default, order.height or family.size.default
     for side, pixels in (("width", width), ("height", height)):
@@ -73,9 +80,7 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     if order.timeout is not None and order.timeout > limits.max_timeout_s:
         raise Problem(errors.INVALID, f"timeout must be at most {limits.max_timeout_s:g} s on this server", "timeout")
     guidance = _guidance(order, variant)
-    if order.styles:
-        raise Problem(errors.INVALID, f"there is no style {order.styles[0][0]}", "loras")
-    weights = Weights(variant.name, order.styles)
+    weights = Weights(variant.name, _styles(order, styles))
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
     drawn = (height, width, deadline, order.owner, order.negative_prompt, guidance)
@@ -92,6 +97,18 @@ def _variant(order: Order, family: Family) -> Variant:
         detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
         raise Problem(errors.INVALID, detail, "steps")
     return variant
+
+
+def _styles(order: Order, styles: Mapping[str, StyleFile]) -> tuple[Style, ...]:
+    """By name, so that their order makes no difference; without those that change nothing."""
+    if unknown := [name for name, _ in order.styles if name not in styles]:
+        known = sorted(styles)
+        there_are = f"there are {', '.join(known[:MOST_NAMED])}" if known else "there is none"
+        more = f" and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else ""
+        raise Problem(errors.INVALID, f"there is no style {unknown[0]}; {there_are}{more}", "loras")
+    if len({name for name, _ in order.styles}) < len(order.styles):
+        raise Problem(errors.INVALID, "a style can be named once only", "loras")
+    return tuple(Style(name, scale, styles[name].id) for name, scale in sorted(order.styles) if scale)
 
 
 def _guidance(order: Order, variant: Variant) -> float:

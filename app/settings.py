@@ -26,6 +26,11 @@ class EngineSettings(BaseSettings):
         None, description="the model family; by default sdxl if CUDA and its weights are there, else embedded"
     )
     model_dir: Path | None = Field(None, description="a local directory with the family's files, instead of the hub")
+    lora_dir: Path | None = Field(
+        None,
+        description="a folder of style LoRAs, each .safetensors file one by its name; by default loras/ in the model's "
+        "own directory",
+    )
     device: Literal["cpu", "cuda"] | None = Field(None, description="by default cuda if there is one, else cpu")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="by default float16 on CUDA; on a CPU bfloat16 where it has it in hardware, else float32"
@@ -73,7 +78,7 @@ class EngineSettings(BaseSettings):
             EnvSettingsSource(settings_cls, env_ignore_empty=True),
         )
 
-    @field_validator("model_dir")
+    @field_validator("model_dir", "lora_dir")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
@@ -101,6 +106,7 @@ class EngineSettings(BaseSettings):
             compile=self.compile,
             fp8=self.fp8,
             cache=str(cache),
+            styles=str(self.lora_dir.resolve()) if self.lora_dir else None,
         )
 
 

@@ -26,6 +26,11 @@ class Weights:
     variant: str
     styles: tuple[Style, ...] = ()
 
+    @property
+    def is_styled(self) -> bool:
+        """Whether styles are added."""
+        return bool(self.styles)
+
     def __str__(self) -> str:
         return " + ".join([self.variant, *(f"{style.scale:g} {style.name}" for style in self.styles)])
 

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from models.catalog import Weights
 from models.device import Device
-from models.modules import UNetFunction, load_decoder, load_text_encoders
+from models.modules import UNetFunction, WeightSet, load_decoder, load_text_encoders
 from models.prompts import Conditioning, Prompts, TextFunction
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
@@ -36,7 +37,8 @@ class Pipeline:
 
     def __init__(self, store: WeightStore, device: Device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.text: TextFunction = load_text_encoders(store, device.name, dtype)
+        self.encoders = load_text_encoders(store, device.name, dtype)
+        self.text: TextFunction = self.encoders
         self.prompts = Prompts(store, lambda *ids: self.text(*map(device.put, ids)))
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
@@ -44,6 +46,14 @@ class Pipeline:
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
+
+    def prompts_for(self, weights: Weights, factors: WeightSet) -> Prompts:
+        """Prompts as some weights' styles read them. factors: as models.registry.Registry.text_factors gives them."""
+        if not factors:
+            return self.prompts
+        return self.prompts.of(
+            repr(weights.styles), lambda *ids: self.encoders.styled(factors, *map(self.device.put, ids))
+        )
 
     def draw(
         self,
@@ -55,10 +65,12 @@ class Pipeline:
         width: int,
         negative: str | None = None,
         guidance: float = 1.0,
+        through: Prompts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one.
-        negative, guidance: as in Conditioning, for all of them."""
-        latents = self.sample(unet, schedule, prompts, seeds, height, width, negative, guidance)
+        negative, guidance: as in Conditioning, for all of them. through: what encodes them, the plain encoders if None.
+        """
+        latents = self.sample(unet, schedule, prompts, seeds, height, width, negative, guidance, through)
         self.device.wait()
         return self.decode(list(latents))
 
@@ -72,12 +84,14 @@ class Pipeline:
         width: int,
         negative: str | None = None,
         guidance: float = 1.0,
+        through: Prompts | None = None,
     ) -> Tensor:
         """Their latents after the last step, (B, 4, h, w) float32."""
-        found = self.prompts.encode(prompts)
+        through = through or self.prompts
+        found = through.encode(prompts)
         if guidance > 1:
-            away = None if negative is None else self.prompts.encode([negative])[0]
-            found = [self.prompts.guide(row, away, guidance) for row in found]
+            away = None if negative is None else through.encode([negative])[0]
+            found = [through.guide(row, away, guidance) for row in found]
         conditioning = [self.project(unet, row) for row in found]
         latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
         for step in range(len(schedule.timesteps)):

@@ -1,11 +1,12 @@
 """The style LoRAs of a folder, each named by its file. Imports no torch: both processes look here."""
 
 import hashlib
+import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,39 +48,49 @@ def look_at(folder: Path, name: str) -> StyleFile | None:
 
 
 class Styles:
-    """What the folder holds. It is looked at again when a name is not known, at most once in LOOK_S seconds."""
+    """What the folder holds. It is looked at again when a name is not known, at most once in LOOK_S seconds; a file
+    that is asked for by name is looked at each time. All of it asks the disk: not for an event loop."""
 
     def __init__(self, asked: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._asked, self._clock = asked, clock
-        self._names: frozenset[str] = frozenset()
-        self._looked = -LOOK_S
+        self._known: dict[str, StyleFile] = {}
+        self._looked = -math.inf
         self._lock = threading.Lock()
 
-    def find(self, names: Iterable[str], family: Family) -> dict[str, StyleFile]:
-        """Those of these styles that are there, by name. Asks the disk: not for an event loop."""
-        folder, names = folder_of(family, self._asked), list(names)
+    def find(self, names: Collection[str], family: Family) -> dict[str, StyleFile]:
+        """All that is known to be there, by name; these names as they are now."""
+        folder = folder_of(family, self._asked)
         if folder is None:
             return {}
-        if not self._names.issuperset(names):
-            self._look(folder)
-        found = [look_at(folder, name) for name in names if name in self._names]
-        return {each.name: each for each in found if each is not None}
+        with self._lock:
+            if not self._known.keys() >= set(names):
+                self._look(folder)
+            for name in self._known.keys() & set(names):
+                self._see(folder, name)
+            return dict(self._known)
 
     def all(self, family: Family) -> list[StyleFile]:
         """Every style that is there, by name."""
-        folder = folder_of(family, self._asked)
-        if folder is None:
+        if (folder := folder_of(family, self._asked)) is None:
             return []
-        self._look(folder)
-        return sorted(self.find(self._names, family).values(), key=lambda each: each.name)
+        with self._lock:
+            self._look(folder)
+            return sorted(self._known.values(), key=lambda each: each.name)
 
     def _look(self, folder: Path) -> None:
-        with self._lock:
-            if self._clock() - self._looked < LOOK_S:
-                return
-            self._looked = self._clock()
-            try:
-                files = [name.removesuffix(SUFFIX) for name in os.listdir(folder) if name.endswith(SUFFIX)]
-            except OSError:
-                files = []  # no folder: no styles
-            self._names = frozenset(name for name in files if NAME.fullmatch(name))
+        if self._clock() - self._looked < LOOK_S:
+            return
+        self._looked = self._clock()
+        try:
+            there = {name.removesuffix(SUFFIX) for name in os.listdir(folder) if name.endswith(SUFFIX)}
+        except OSError:
+            there = set()  # no folder: no styles
+        for name in there | self._known.keys():
+            self._see(folder, name)
+
+    def _see(self, folder: Path, name: str) -> None:
+        found = look_at(folder, name)
+        if found is not None:
+            self._known[name] = found
+        else:
+            self._known.pop(name, None)

@@ -9,6 +9,7 @@ from starlette.types import Scope
 from app.engine.fleet import Fleet
 from app.metrics import Metrics
 from app.settings import Settings
+from models.styles import Styles
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Parts:
     fleet: Fleet
     settings: Settings
     metrics: Metrics
+    styles: Styles
 
 
 def install(app: FastAPI, parts: Parts) -> None:

@@ -59,7 +59,9 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     Close this iterator to take the jobs out of the engine."""
     family, settings = CATALOG[parts.fleet.require_ready().family], parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
-    jobs = resolve(order, family, limits, time.monotonic())
+    now = time.monotonic()
+    styles = await run_in_threadpool(parts.styles.find, dict(order.styles), family) if order.styles else {}
+    jobs = resolve(order, family, limits, now, styles)
     request.state.variant = jobs[0].weights.variant
     async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
         async for event in events:
@@ -110,6 +112,7 @@ async def _file(job: Job, done: Done, output_format: str, quality: int) -> bytes
         "Seed": job.seed,
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.weights.variant}",
+        **images.styles(job.weights),
     }
     arguments = (done.pixels, done.width, done.height, output_format, quality, parameters)
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs

@@ -16,7 +16,8 @@ class Costs(msgspec.Struct, frozen=True):
     """Seconds of a UNet step and of a VAE decode by batch size, measured at warm-up at one picture size.
 
     step, decode: seconds by batch size, from 1 up. pixels: of the measured pictures; other sizes are priced in
-    proportion. encode: seconds to encode one prompt. workers: calls that the device makes at a time.
+    proportion. encode: seconds to encode one prompt. workers: calls that the device makes at a time. style: seconds to
+    make a weight set with styles, the least so far; 0 before the first.
     """
 
     step: dict[int, float]
@@ -24,6 +25,7 @@ class Costs(msgspec.Struct, frozen=True):
     encode: float
     pixels: int
     workers: int = 1
+    style: float = 0.0
 
     def step_seconds(self, batch: int, pixels: int) -> float:
         """What one UNet call on `batch` rows takes."""
@@ -45,7 +47,8 @@ class Costs(msgspec.Struct, frozen=True):
 
     def alone(self, row: Row) -> float:
         """The least time from now to the row's picture, if it had the device for itself."""
-        return row.steps_left * self.step_seconds(row.count, row.pixels) + self.decode_seconds(1, row.pixels)
+        load = 0.0 if row.is_here else self.style
+        return load + row.steps_left * self.step_seconds(row.count, row.pixels) + self.decode_seconds(1, row.pixels)
 
     def patience(self, stage: str, pictures: int, pixels: int) -> float:
         """Seconds after which a call of a stage has hung."""
@@ -69,7 +72,9 @@ class Costs(msgspec.Struct, frozen=True):
             decodes = min(len(group), self.best_decode_batch)
             step = self.step_seconds(batch, pixels) / batch
             decode = self.decode_seconds(decodes, pixels) / decodes + self.encode
-            shares.update({row.id: (row.count * row.steps_left * step + decode) / self.workers for row in group})
+            load = 0.0 if group[0].is_here else self.style / len(group)
+            for row in group:
+                shares[row.id] = (row.count * row.steps_left * step + decode + load) / self.workers
         return shares
 
     def overrun(self, new: Sequence[Row], pending: Sequence[Row], now: float, share: float) -> float:
@@ -94,6 +99,7 @@ class Costs(msgspec.Struct, frozen=True):
             step={batch: seconds * by for batch, seconds in self.step.items()},
             decode={batch: seconds * by for batch, seconds in self.decode.items()},
             encode=self.encode * by,
+            style=self.style * by,
         )
 
     def joined(self, other: "Costs") -> "Costs":

@@ -7,16 +7,22 @@ from collections.abc import AsyncGenerator, Sequence
 from app import errors
 from app.engine.admission import Admission
 from app.engine.jobs import Job
-from app.engine.messages import Cancel, Done, EngineConfig, Failed, FromEngine, Ready, Report, Submit, Worked
+from app.engine.messages import Cancel, Done, EngineConfig, Failed, FromEngine, Loaded, Ready, Report, Submit, Worked
 from app.engine.process import EngineProcess
 from app.engine.queue import Accepted, Event, Queue
 from app.errors import CAUSES, FAILED, Problem
 from app.logs import STDERR
-from app.metrics import Metrics
+from app.metrics import Metrics, labels
 
 log = logging.getLogger("app.engine")
 
-EXPECTED = ("EXPIRED", "LOADING", "UNAVAILABLE")  # nobody's fault, or logged where it happened: no line in the log
+EXPECTED = (
+    "EXPIRED",
+    "LOADING",
+    "UNAVAILABLE",
+    "BAD_STYLE",
+    "STYLE_GONE",
+)  # nobody's fault, or logged where it happened: no line in the log
 
 
 class Fleet:
@@ -104,7 +110,7 @@ class Fleet:
         costs, prices = self._engine.costs, self._engine.prices
         assert costs is not None
         assert prices is not None
-        rows, now = [job.row() for job in jobs], time.monotonic()
+        rows, now = [self._queue.row(job) for job in jobs], time.monotonic()
         if (needed := costs.alone(rows[0])) > rows[0].deadline - now:
             detail = f"this machine needs {needed:.2f} s for this request at the least"
             raise Problem(errors.INVALID, detail, "timeout")
@@ -120,19 +126,24 @@ class Fleet:
 
     def _hear(self, message: FromEngine) -> None:
         match message:
+            case Loaded(weights, seconds, left):
+                self._queue.loaded(weights, left)
+                if weights.is_styled:
+                    self.metrics.style_load.observe(seconds)
             case Worked():
                 self._count(message)
             case Done(id):
                 if self._queue.settle(id, message):
-                    self.metrics.images.labels(message.variant).inc()
+                    self.metrics.images.labels(*labels(message.weights)).inc()
                     self.metrics.queue.observe(message.seconds.get("queue", 0.0))
             case Failed(id, cause, detail):
                 if cause not in EXPECTED:
                     log.error("job %d failed: %s %s", id, cause, detail)
-                self._queue.settle(id, Problem(CAUSES.get(cause, FAILED)))
+                shown = detail if cause == "BAD_STYLE" else None  # it says what to change, and no path
+                self._queue.settle(id, Problem(CAUSES.get(cause, FAILED), shown))
 
     def _count(self, worked: Worked) -> None:
         self.metrics.stages[worked.stage].observe(worked.seconds)
         if worked.stage == "denoise":
-            self.metrics.batch.labels(worked.variant).observe(worked.rows)
+            self.metrics.batch.labels(*labels(worked.weights)).observe(worked.rows)
             self._queue.stepped(worked.ids)

@@ -40,7 +40,7 @@ class Job(msgspec.Struct, frozen=True):
 @dataclass(frozen=True)
 class Row:
     """A picture as the scheduler sees it: some steps from its end. count: rows of a UNet call that it takes (two where
-    it is guided). length: of its prompt's embeddings, once it is encoded."""
+    it is guided). length: of its prompt's embeddings, once it is encoded. is_here: its weights are in memory."""
 
     id: int
     weights: Weights
@@ -51,6 +51,7 @@ class Row:
     is_encoded: bool = True
     count: int = 1
     length: int = 0
+    is_here: bool = True
 
     @property
     def group(self) -> tuple[Weights, int, int, int]:

@@ -25,6 +25,7 @@ from app.engine.messages import (
     Cancel,
     Failed,
     FromEngine,
+    Loaded,
     Measured,
     Ping,
     Report,
@@ -39,6 +40,7 @@ from models.catalog import Weights
 from models.pipeline import Pipeline
 from models.prompts import Conditioning
 from models.registry import Registry
+from models.weightset import BadStyle, StyleGone
 
 log = logging.getLogger(__name__)
 CHANGE_S = 300.0  # a change that takes longer has hung: a recording on a GPU may take many seconds
@@ -62,7 +64,7 @@ class Loop:
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._inbox: deque[Message] = deque()
-        self._loading = Loading(registry, self.post, self._fail_weights)
+        self._loading = Loading(registry, self.post, self._have_weights, self._fail_weights)
         self._flying: list[Call] = []
         self._retries: list[Call] = []
         self._when_idle: deque[Call] = deque()
@@ -189,8 +191,7 @@ class Loop:
         for late in todo.refuse:
             self._fail(late.id, "EXPIRED")
         if todo.encode:
-            rows = [self.board[row.id] for row in todo.encode]
-            return self._start(Call("encode", rows, partial(work.encode, self.pipeline), self._encoded))
+            return self._start_encode([self.board[row.id] for row in todo.encode])
         if todo.decode:
             rows = [self.board[row.id] for row in todo.decode]
             return self._start(Call("decode", rows, partial(work.decode, self.pipeline), self._decoded))
@@ -205,18 +206,19 @@ class Loop:
         return Workers(self.workers, steps, device.decodes_at_a_time or self.workers)
 
     def _resident_rows(self, now: float) -> list[Running]:
-        """The rows that no call has and whose weights are here. Those of the others are loaded; a row that cannot wait
-        for them any longer is told so."""
-        here = []
-        for running in list(self.board.values()):
-            if running.busy:
-                continue
-            if self.registry.is_resident(running.job.weights):
-                here.append(running)
+        """The rows that no call has and whose weights are here. Those of the others are loaded, where no row with an
+        older deadline would lose its own by that; a row that cannot wait for them any longer is told so."""
+        here, older = [], set[Weights]()
+        for running in sorted(self.board.values(), key=lambda each: (each.job.deadline, each.job.id)):
+            weights = running.job.weights
+            if running.busy or self.registry.is_resident(weights):
+                older.add(weights)
+                if not running.busy:
+                    here.append(running)
             elif now > running.job.deadline:
-                self._fail(running.job.id, "LOADING", running.job.weights.variant)
+                self._fail(running.job.id, "LOADING", weights.variant)
             else:
-                self._loading.ask(running.job.weights)
+                self._loading.ask(weights, older)
         return here
 
     def _start(self, call: Call) -> Call:
@@ -224,6 +226,13 @@ class Loop:
             row.busy = True
         self._flying.append(call)
         return call
+
+    def _start_encode(self, rows: list[Running]) -> Call | None:
+        try:
+            factors = {row.job.weights: self.registry.text_factors(row.job.weights) for row in rows}
+        except KeyError:
+            return None  # as below
+        return self._start(Call("encode", rows, partial(work.encode, self.pipeline, factors), self._encoded))
 
     def _start_step(self, rows: list[Running]) -> Call | None:
         job = rows[0].job
@@ -249,7 +258,7 @@ class Loop:
             self._isolate(call, result)
         else:
             ids, job = [row.job.id for row in call.rows], call.rows[0].job
-            worked = Worked(call.stage, job.weights.variant, ids, call.count, seconds, job.height * job.width)
+            worked = Worked(call.stage, job.weights, ids, call.count, seconds, job.height * job.width)
             call.settle(call.rows, result, call.start, seconds)
             self.send(worked)
 
@@ -313,6 +322,10 @@ class Loop:
         if self.board.pop(id, None) is not None:
             self.send(Failed(id, cause, detail))
 
-    def _fail_weights(self, weights: Weights, reason: str) -> None:
+    def _have_weights(self, weights: Weights, left: list[Weights]) -> None:
+        self.send(Loaded(weights, self.registry.seconds, left))
+
+    def _fail_weights(self, weights: Weights, error: Exception) -> None:
+        cause = {BadStyle: "BAD_STYLE", StyleGone: "STYLE_GONE"}.get(type(error), "UNAVAILABLE")
         for running in [running for running in self.board.values() if running.job.weights == weights]:
-            self._fail(running.job.id, "UNAVAILABLE", reason)
+            self._fail(running.job.id, cause, str(error))

@@ -6,10 +6,12 @@ import msgspec
 
 from app.engine.costs import Costs
 from app.engine.jobs import Id, Job
+from models.catalog import Weights
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings."""
+    """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings.
+    styles: the folder of style LoRAs; None: the family's own."""
 
     model: str | None
     directory: str | None
@@ -23,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     compile: bool
     fp8: bool
     cache: str
+    styles: str | None = None
     log_level: str = "info"
 
 
@@ -83,11 +86,19 @@ class Measured(msgspec.Struct, tag=True, frozen=True):
     costs: Costs
 
 
+class Loaded(msgspec.Struct, tag=True, frozen=True):
+    """A weight set was read into memory. seconds: what that took. left: what had to leave memory for it."""
+
+    weights: Weights
+    seconds: float
+    left: list[Weights]
+
+
 class Worked(msgspec.Struct, tag=True, frozen=True):
     """One call on the device. stage: "encode", "denoise" or "decode". ids: the pictures in it. rows: of the call."""
 
     stage: str
-    variant: str
+    weights: Weights
     ids: list[Id]
     rows: int
     seconds: float
@@ -99,7 +110,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     prompt, whose end was not read where that is truncated."""
 
     id: Id
-    variant: str
+    weights: Weights
     height: int
     width: int
     pixels: bytes
@@ -124,4 +135,4 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Cancel | Ping
-FromEngine = Starting | Ready | Measured | Report | Worked | Done | Failed | Fatal
+FromEngine = Starting | Ready | Measured | Report | Loaded | Worked | Done | Failed | Fatal

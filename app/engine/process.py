@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from app.engine.messages import (
     EngineConfig,
     Fatal,
     FromEngine,
+    Loaded,
     Measured,
     Ping,
     Ready,
@@ -185,7 +187,8 @@ class EngineProcess:
                 self._drift, self._last_answer, self._unanswered = 1.0, time.monotonic(), 0
                 log.info("ready: %s on %s in %s", message.family, message.device, message.dtype)
             case Measured(costs):
-                self.costs, self._drift = costs, 1.0
+                style = self.costs.style if self.costs is not None else 0.0
+                self.costs, self._drift = msgspec.structs.replace(costs, style=style), 1.0
             case Report():
                 self.report, self._last_answer, self._unanswered = message, time.monotonic(), 0
                 STDERR.count_dropped(message.log_lines_dropped)
@@ -198,4 +201,7 @@ class EngineProcess:
                 if isinstance(message, Worked) and message.stage == "denoise" and self.costs is not None:
                     times = message.seconds / self.costs.step_seconds(message.rows, message.pixels)
                     self._drift = min(10.0, max(0.5, (1 - LEARN) * self._drift + LEARN * times))
+                elif isinstance(message, Loaded) and message.weights.is_styled and self.costs is not None:
+                    least = min(message.seconds, self.costs.style or math.inf)
+                    self.costs = msgspec.structs.replace(self.costs, style=least)
                 self._hear(message)

@@ -9,6 +9,7 @@ from app import errors
 from app.engine.jobs import Job, Row
 from app.engine.messages import Done
 from app.errors import Problem
+from models.catalog import Weights
 
 GRACE_S = 0.05  # past the deadline, for an event that is on its way
 
@@ -71,6 +72,7 @@ class Queue:
 
     def __init__(self) -> None:
         self._pending: dict[int, Pending] = {}
+        self._styled: set[Weights] = set()  # those that the engine has in memory
 
     def __len__(self) -> int:
         """Pictures accepted and not finished."""
@@ -89,8 +91,23 @@ class Queue:
     def put(self, jobs: Sequence[Job], wants_steps: bool) -> Ticket:
         """Take one request's jobs in. wants_steps: its ticket tells of each step, too."""
         ticket = Ticket(jobs, wants_steps)
-        self._pending.update({job.id: Pending(job.row(), job.steps, ticket) for job in jobs})
+        self._pending.update({job.id: Pending(self.row(job), job.steps, ticket) for job in jobs})
         return ticket
+
+    def row(self, job: Job) -> Row:
+        """A job as the scheduler sees it, with weights that are in memory or must be made first."""
+        return self._placed(job.row())
+
+    def loaded(self, weights: Weights, left: Sequence[Weights]) -> None:
+        """The engine has a set in memory, and some others no more."""
+        self._styled = (self._styled | {weights}) - set(left)
+        for pending in self._pending.values():
+            if pending.row.weights.is_styled:
+                pending.row = self._placed(pending.row)
+
+    def _placed(self, row: Row) -> Row:
+        is_here = not row.weights.is_styled or row.weights in self._styled
+        return row if row.is_here == is_here else replace(row, is_here=is_here)
 
     def remove(self, ticket: Ticket) -> list[int]:
         """Take out what is left of a request; the ids of its unfinished jobs."""
@@ -117,3 +134,4 @@ class Queue:
         for pending in self._pending.values():
             pending.ticket.put(problem)
         self._pending.clear()
+        self._styled.clear()

@@ -67,7 +67,7 @@ class Cpu(Device):
             pixels, valid = decode(latents)
             return pixels, valid != 0
 
-        def bind(weight_set: WeightSet) -> UNetFunction:
+        def bind(weight_set: WeightSet, is_styled: bool) -> UNetFunction:
             def graph(chunks: int) -> Graph:
                 return make(partial(networks.unet, weight_set, unet, dtype, side, chunks * length))
 

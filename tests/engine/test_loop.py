@@ -208,7 +208,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipeline):
             raise torch.OutOfMemoryError
         return unet(latents, *rest)
 
-    loop.registry.use_compiled(lambda weight_set: small_device)
+    loop.registry.use_compiled(lambda weight_set, is_styled: small_device)
     loop.post(Submit([job(id) for id in range(8)]))
     serve(loop, sent, 8)
     assert (sent.done(), sent.failed()) == (set(range(8)), {})
