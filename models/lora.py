@@ -31,7 +31,6 @@ OTHERS = {
     "lora_magnitude_vector": "DoRA",
     "lora_mid": "a LoRA with a third matrix (Tucker)",
     "oft_": "OFT",
-    ".diff": "a difference of whole weights",
     "emb_params": "an embedding (textual inversion)",
     "clip_l": "an embedding (textual inversion)",
     "clip_g": "an embedding (textual inversion)",
@@ -39,6 +38,7 @@ OTHERS = {
     "transformer.": "a LoRA of another model (a transformer)",
     "lora_transformer_": "a LoRA of another model (a transformer)",
     "diffusion_model.": "a checkpoint, or a LoRA of another model",
+    ".diff": "a difference of whole weights",
 }
 # Stability AI's names, in which kohya trains: what is outside the blocks, and the parts of a residual block.
 OUTSIDE = {

@@ -65,6 +65,7 @@ class Registry:
         self.seconds = 0.0  # that the last load took, without what is compiled once
         self.bind: Bind | None = None
         self._bound: OrderedDict[Weights, UNetFunction] = OrderedDict()
+        self._styled: dict[Weights, UNetFunction] = {}  # the same of those with styles, which are compiled once for all
         self._sets: list[OrderedDict[Weights, WholeSet]] = [OrderedDict() for _ in tiers]
         self._loading: set[Weights] = set()
         self._failed: dict[Weights, str] = {}
@@ -97,7 +98,9 @@ class Registry:
                 left = self._hold(weights, self._read(weights), 0, keep)
                 self.seconds = time.monotonic() - start
                 if self.bind is not None and weights.is_styled:
-                    self._bind(weights)  # here, not at the first use: the first of all is compiled
+                    function = self.bind(self.weight_set(weights), True)  # here: the first of all is compiled
+                    with self._lock:
+                        self._styled[weights] = function
             with self._lock:
                 self._failed.pop(weights, None)
             return left
@@ -118,7 +121,7 @@ class Registry:
     def unload(self, weights: Weights) -> None:
         """Forget a weight set; absent ones are no error. The active set stays until the next use()."""
         with self._lock:
-            self._bound.pop(weights, None)
+            self._forget(weights)
             for tier in self._sets:
                 tier.pop(weights, None)
 
@@ -181,18 +184,20 @@ class Registry:
 
     def _function(self, weights: Weights, weight_set: WeightSet) -> UNetFunction:
         assert self.bind is not None
+        if weights.is_styled:
+            if weights not in self._styled:
+                self._styled[weights] = self.bind(weight_set, True)
+            return self._styled[weights]
         if weights not in self._bound:
-            self._bound[weights] = self.bind(weight_set, weights.is_styled)
+            self._bound[weights] = self.bind(weight_set, False)
         self._bound.move_to_end(weights)
         while self.device.most_bound is not None and len(self._bound) > self.device.most_bound:
             self._bound.popitem(last=False)
         return self._bound[weights]
 
-    def _bind(self, weights: Weights) -> None:
-        assert self.bind is not None
-        function = self.bind(self.weight_set(weights), True)
-        with self._lock:
-            self._bound[weights] = function
+    def _forget(self, weights: Weights) -> None:
+        self._bound.pop(weights, None)
+        self._styled.pop(weights, None)
 
     def _touch(self, weights: Weights) -> WholeSet:
         for tier in self._sets:
@@ -205,7 +210,7 @@ class Registry:
         # Straight to where it will be held, if it fits there: fused and laid out on the GPU, which is faster.
         place = self.tiers[0].place if self.bytes_of_a_set <= self.tiers[0].budget else "cpu"
         clean = self._clean(weights.variant) if weights.is_styled else None
-        found = self._reader.read(weights, place, clean)
+        found = self._reader.read(weights, place, clean, self.device.layout)
         return WholeSet(self.unet.packed(found.unet), found.text)
 
     def _clean(self, variant: str) -> WeightSet | None:
@@ -227,7 +232,7 @@ class Registry:
                     left += self._hold(*first, index + 1, keep)  # it is below before it is gone from here
                 with self._lock:
                     held.pop(first[0], None)
-                    self._bound.pop(first[0], None)
+                    self._forget(first[0])
                 if not self.is_resident(first[0]):
                     left.append(first[0])
             # No lock: gigabytes move here.

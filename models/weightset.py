@@ -54,10 +54,16 @@ class WeightSets:
         """Of a set's tensors, as they are read."""
         return self._expected.keys()
 
-    def read(self, wanted: Weights, place: str, clean: WeightSet | None = None) -> WholeSet:
-        """All tensors of a weight set, laid out for the UNet, on a device. A LoRA is added to a clean base, never to
-        what was changed before. clean: the UNet's of the variant without styles, where they are at hand. Raises
-        KeyError for an unknown variant, MissingWeights, BadWeights, and for styles StyleGone, BadStyle."""
+    def read(
+        self,
+        wanted: Weights,
+        place: str,
+        clean: WeightSet | None = None,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> WholeSet:
+        """All tensors of a weight set on a device, those of convolutions in a layout. A LoRA is added to a clean base,
+        never to what was changed before. clean: the UNet's of the variant without styles, where they are at hand.
+        Raises KeyError for an unknown variant, MissingWeights, BadWeights, and for styles StyleGone, BadStyle."""
         state = self._variant(wanted.variant, place) if clean is None else dict(clean)
         text: WeightSet = {}
         if wanted.styles:
@@ -69,8 +75,7 @@ class WeightSets:
                 raise BadStyle(str(error)) from error
             text = _factors(styles)
         for key, tensor in state.items():  # one by one, so that there is never a second set
-            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-            state[key] = tensor.to(self.dtype, memory_format=layout)
+            state[key] = tensor.to(self.dtype, memory_format=layout if tensor.ndim == 4 else torch.preserve_format)
         return WholeSet(state, text)
 
     def _variant(self, name: str, place: str) -> WeightSet:

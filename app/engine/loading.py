@@ -4,35 +4,35 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
+from app.engine.messages import FromEngine, Loaded
 from app.errors import UNAVAILABLE
 from app.logs import say
 from models.catalog import Weights
 from models.registry import Registry
+from models.weightset import BadStyle, StyleGone
 
 
 class Loading:
-    """Which weight set is being loaded now. post: runs a function under the loop's lock. loaded: is told there of a set
-    that has come, and of those that left for it. failed: of one that cannot be loaded, and why."""
+    """Which weight set is being loaded now. post: runs a function under the loop's lock. send: puts a message on the
+    wire. failed: is told, under the lock, of a set that cannot be loaded, the cause and the reason."""
 
     def __init__(
         self,
         registry: Registry,
         post: Callable[[Callable[[], None]], None],
-        loaded: Callable[[Weights, list[Weights]], None],
-        failed: Callable[[Weights, Exception], None],
+        send: Callable[[FromEngine], None],
+        failed: Callable[[Weights, str, str], None],
     ) -> None:
-        self.registry, self._post, self._loaded, self._failed = registry, post, loaded, failed
+        self.registry, self._post, self._send, self._failed = registry, post, send, failed
         self._thread: threading.Thread | None = None
-        self._backing_off: dict[
-            Weights, tuple[float, Exception]
-        ] = {}  # when each may be tried again, and why it failed
+        self._backing_off: dict[Weights, tuple[float, str, str]] = {}  # when each may be tried again; cause and reason
 
     def ask(self, weights: Weights, keep: Collection[Weights]) -> None:
         """Begin to load a set, unless another is being loaded, or has no room beside those to keep. One that failed
         lately fails again at once. Under the lock, the most urgent first."""
         now = time.monotonic()
         if weights in self._backing_off and now < self._backing_off[weights][0]:
-            self._failed(weights, self._backing_off[weights][1])
+            self._failed(weights, *self._backing_off[weights][1:])
         elif self._thread is None and self.registry.can_load(keep):
             self._backing_off = {each: found for each, found in self._backing_off.items() if now < found[0]}
             name = f"load {weights.variant}"
@@ -48,17 +48,18 @@ class Loading:
         try:
             left = self.registry.load(weights, keep)
         except Exception as error:
-            failure = error
+            cause = {BadStyle: "BAD_STYLE", StyleGone: "STYLE_GONE"}.get(type(error), "UNAVAILABLE")
+            failure = cause, str(error)
             say("weights cannot be loaded", level="error", weights=str(weights), reason=str(error)[:300])
-            self._post(lambda: self._fail(weights, failure))
+            self._post(lambda: self._fail(weights, *failure))
         else:
-            self._post(lambda: self._succeed(weights, left))
+            self._send(Loaded(weights, self.registry.seconds, left))
+            self._post(self._end)
 
-    def _succeed(self, weights: Weights, left: list[Weights]) -> None:
-        self._thread = None
-        self._loaded(weights, left)
+    def _fail(self, weights: Weights, cause: str, reason: str) -> None:
+        self._end()
+        self._backing_off[weights] = time.monotonic() + (UNAVAILABLE.retry_after or 0), cause, reason
+        self._failed(weights, cause, reason)
 
-    def _fail(self, weights: Weights, error: Exception) -> None:
+    def _end(self) -> None:
         self._thread = None
-        self._backing_off[weights] = time.monotonic() + (UNAVAILABLE.retry_after or 0), error
-        self._failed(weights, error)

@@ -25,7 +25,6 @@ from app.engine.messages import (
     Cancel,
     Failed,
     FromEngine,
-    Loaded,
     Measured,
     Ping,
     Report,
@@ -40,7 +39,6 @@ from models.catalog import Weights
 from models.pipeline import Pipeline
 from models.prompts import Conditioning
 from models.registry import Registry
-from models.weightset import BadStyle, StyleGone
 
 log = logging.getLogger(__name__)
 CHANGE_S = 300.0  # a change that takes longer has hung: a recording on a GPU may take many seconds
@@ -64,7 +62,7 @@ class Loop:
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._inbox: deque[Message] = deque()
-        self._loading = Loading(registry, self.post, self._have_weights, self._fail_weights)
+        self._loading = Loading(registry, self.post, send, self._fail_weights)
         self._flying: list[Call] = []
         self._retries: list[Call] = []
         self._when_idle: deque[Call] = deque()
@@ -190,14 +188,15 @@ class Loop:
         todo = plan([row.row for row in self._resident_rows(now)], self.costs, now, workers, flying)
         for late in todo.refuse:
             self._fail(late.id, "EXPIRED")
-        if todo.encode:
-            return self._start_encode([self.board[row.id] for row in todo.encode])
-        if todo.decode:
-            rows = [self.board[row.id] for row in todo.decode]
-            return self._start(Call("decode", rows, partial(work.decode, self.pipeline), self._decoded))
-        if todo.step:
-            return self._start_step([self.board[row.id] for row in todo.step])
-        return None
+        encode, decode, step = ([self.board[row.id] for row in each] for each in (todo.encode, todo.decode, todo.step))
+        try:
+            if encode:
+                return self._start_encode(encode)
+            if decode:
+                return self._start(Call("decode", decode, partial(work.decode, self.pipeline), self._decoded))
+            return self._start_step(step) if step else None
+        except KeyError:
+            return None  # weights were evicted since the plan was made: the rows stay, and they are loaded again
 
     def _workers(self) -> Workers:
         device = self.pipeline.device
@@ -227,19 +226,13 @@ class Loop:
         self._flying.append(call)
         return call
 
-    def _start_encode(self, rows: list[Running]) -> Call | None:
-        try:
-            factors = {row.job.weights: self.registry.text_factors(row.job.weights) for row in rows}
-        except KeyError:
-            return None  # as below
+    def _start_encode(self, rows: list[Running]) -> Call:
+        factors = {row.job.weights: self.registry.text_factors(row.job.weights) for row in rows}
         return self._start(Call("encode", rows, partial(work.encode, self.pipeline, factors), self._encoded))
 
-    def _start_step(self, rows: list[Running]) -> Call | None:
+    def _start_step(self, rows: list[Running]) -> Call:
         job = rows[0].job
-        try:
-            unet = self.registry.use(job.weights)
-        except KeyError:
-            return None  # evicted since the plan was made: the rows stay, and it is loaded again
+        unet = self.registry.use(job.weights)
         step = partial(work.denoise, self.pipeline, unet, self.registry.schedule(job.weights.variant, job.steps))
         return self._start(Call("denoise", rows, step, self._stepped))
 
@@ -322,10 +315,6 @@ class Loop:
         if self.board.pop(id, None) is not None:
             self.send(Failed(id, cause, detail))
 
-    def _have_weights(self, weights: Weights, left: list[Weights]) -> None:
-        self.send(Loaded(weights, self.registry.seconds, left))
-
-    def _fail_weights(self, weights: Weights, error: Exception) -> None:
-        cause = {BadStyle: "BAD_STYLE", StyleGone: "STYLE_GONE"}.get(type(error), "UNAVAILABLE")
+    def _fail_weights(self, weights: Weights, cause: str, reason: str) -> None:
         for running in [running for running in self.board.values() if running.job.weights == weights]:
-            self._fail(running.job.id, cause, str(error))
+            self._fail(running.job.id, cause, reason)
