@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,9 +85,10 @@ class Registry:
             self._schedules[variant, steps] = made.to(self.device.name)
         return self._schedules[variant, steps]
 
-    def load(self, weights: Weights, keep: Collection[Weights] = ()) -> list[Weights]:
-        """Read a weight set into memory; what had to leave for it. keep: those that leave last. Raises KeyError for an
-        unknown variant, MissingWeights, BadWeights (of styles StyleGone, BadStyle), OverBudget."""
+    def load(self, weights: Weights, keep: Sequence[Weights] = ()) -> list[Weights]:
+        """Read a weight set into memory; what had to leave for it. keep: those that leave last, the last of them
+        first. Raises KeyError for an unknown variant, MissingWeights, BadWeights (of styles StyleGone, BadStyle),
+        OverBudget."""
         with self._lock:
             if weights in self._loading or any(weights in tier for tier in self._sets):
                 return []
@@ -113,10 +114,10 @@ class Registry:
             with self._lock:
                 self._loading.discard(weights)
 
-    def can_load(self, keep: Collection[Weights]) -> bool:
-        """Whether there is room for one set more while these stay."""
+    def has_room(self, keep: Sequence[Weights]) -> bool:
+        """Whether one set more can be held while those of these that are resident stay."""
         room = sum(tier.budget // self.bytes_of_a_set for tier in self.tiers)
-        return not keep or len(keep) < room
+        return sum(map(self.is_resident, keep)) < max(1, room)
 
     def unload(self, weights: Weights) -> None:
         """Forget a weight set; absent ones are no error. The active set stays until the next use()."""
@@ -219,7 +220,7 @@ class Registry:
             found = next((tier[Weights(variant)].unet for tier in self._sets if Weights(variant) in tier), None)
         return found if found is not None and found.keys() == self._reader.names else None
 
-    def _hold(self, weights: Weights, whole: WholeSet, first_tier: int, keep: Collection[Weights]) -> list[Weights]:
+    def _hold(self, weights: Weights, whole: WholeSet, first_tier: int, keep: Sequence[Weights]) -> list[Weights]:
         """Put a set into the first tier large enough; what it displaces moves a tier down, and out of the last. One
         with styles is not worth the move. Returns what left for good."""
         left: list[Weights] = []
@@ -247,13 +248,14 @@ class Registry:
             raise OverBudget(f"{weights} takes {whole.nbytes / 2**30:.1f} GiB, more than any budget ({budgets})")
         return left
 
-    def _first_out(self, index: int, coming: int, keep: Collection[Weights]) -> tuple[Weights, WholeSet] | None:
+    def _first_out(self, index: int, coming: int, keep: Sequence[Weights]) -> tuple[Weights, WholeSet] | None:
         """Which set of a tier goes first, if `coming` bytes more would not fit into its budget."""
         with self._lock:
-            held = self._sets[index]
+            held, order = self._sets[index], {weights: place for place, weights in enumerate(reversed(keep))}
             if sum(whole.nbytes for whole in held.values()) + coming <= self.tiers[index].budget:
                 return None
-            return min(held.items(), key=lambda each: (each[0] in keep, not each[0].is_styled))  # of equals the oldest
+            # Of equals the first, which is the least recently used.
+            return min(held.items(), key=lambda each: (order.get(each[0], -1), not each[0].is_styled))
 
 
 def _placed(tensor: Tensor, tier: Tier) -> Tensor:

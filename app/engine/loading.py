@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from app.engine.messages import FromEngine, Loaded
 from app.errors import UNAVAILABLE
@@ -27,26 +27,30 @@ class Loading:
         self._thread: threading.Thread | None = None
         self._backing_off: dict[Weights, tuple[float, str, str]] = {}  # when each may be tried again; cause and reason
 
-    def ask(self, weights: Weights, keep: Collection[Weights]) -> None:
-        """Begin to load a set, unless another is being loaded, or has no room beside those to keep. One that failed
-        lately fails again at once. Under the lock, the most urgent first."""
+    def ask(self, missing: Collection[Weights], needed: Sequence[Weights]) -> None:
+        """Begin to load the most urgent of the missing sets, unless one is being loaded, or there is no room for it
+        beside those that are more urgent. One that failed lately fails again at once. needed: all that are waited for,
+        the most urgent first. Under the lock."""
         now = time.monotonic()
-        if weights in self._backing_off and now < self._backing_off[weights][0]:
-            self._failed(weights, *self._backing_off[weights][1:])
-        elif self._thread is None and self.registry.can_load(keep):
-            self._backing_off = {each: found for each, found in self._backing_off.items() if now < found[0]}
-            name = f"load {weights.variant}"
-            self._thread = threading.Thread(target=self._load, args=(weights, set(keep)), daemon=True, name=name)
-            self._thread.start()
+        self._backing_off = {each: found for each, found in self._backing_off.items() if now < found[0]}
+        for index, weights in enumerate(needed):
+            if weights in self._backing_off:
+                self._failed(weights, *self._backing_off[weights][1:])
+            elif weights in missing:
+                if self._thread is None and self.registry.has_room(needed[:index]):
+                    arguments, name = (weights, needed), f"load {weights.variant}"
+                    self._thread = threading.Thread(target=self._load, args=arguments, daemon=True, name=name)
+                    self._thread.start()
+                return
 
     def join(self) -> None:
         """Wait for the load that has begun."""
         if (thread := self._thread) is not None:
             thread.join()
 
-    def _load(self, weights: Weights, keep: Collection[Weights]) -> None:
+    def _load(self, weights: Weights, needed: Sequence[Weights]) -> None:
         try:
-            left = self.registry.load(weights, keep)
+            left = self.registry.load(weights, needed)
         except Exception as error:
             cause = {BadStyle: "BAD_STYLE", StyleGone: "STYLE_GONE"}.get(type(error), "UNAVAILABLE")
             failure = cause, str(error)

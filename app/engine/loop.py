@@ -205,19 +205,19 @@ class Loop:
         return Workers(self.workers, steps, device.decodes_at_a_time or self.workers)
 
     def _resident_rows(self, now: float) -> list[Running]:
-        """The rows that no call has and whose weights are here. Those of the others are loaded, where no row with an
-        older deadline would lose its own by that; a row that cannot wait for them any longer is told so."""
-        here, older = [], set[Weights]()
-        for running in sorted(self.board.values(), key=lambda each: (each.job.deadline, each.job.id)):
-            weights = running.job.weights
-            if running.busy or self.registry.is_resident(weights):
-                older.add(weights)
-                if not running.busy:
-                    here.append(running)
+        """The rows that no call has and whose weights are here. Those of the others are loaded; a row that cannot wait
+        for them any longer is told so."""
+        here, missing = [], []
+        for running in [running for running in self.board.values() if not running.busy]:
+            if self.registry.is_resident(running.job.weights):
+                here.append(running)
             elif now > running.job.deadline:
-                self._fail(running.job.id, "LOADING", weights.variant)
+                self._fail(running.job.id, "LOADING", running.job.weights.variant)
             else:
-                self._loading.ask(weights, older)
+                missing.append(running.job.weights)
+        if missing:
+            by_age = sorted(self.board.values(), key=lambda each: (each.job.deadline, each.job.id))
+            self._loading.ask(set(missing), list(dict.fromkeys(each.job.weights for each in by_age)))
         return here
 
     def _start(self, call: Call) -> Call:

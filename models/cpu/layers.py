@@ -87,8 +87,8 @@ class Layers:
         return self.narrow(op.add(self.wide(out), self.wide(bias)))  # as an input in bfloat16 it costs another layout
 
     def upsample(self, x: Node, name: str) -> Node:
-        """conv3x3(nearest x2(x)) as one 4 x 4 transposed convolution of stride 2: 16 products per pixel, not 36. With the
-        weight as an input that would take longer."""
+        """conv3x3(nearest x2(x)) as one 4 x 4 transposed convolution of stride 2: 16 products per pixel, not 36. As an
+        input the folded weight would take longer."""
         found = self.weights[f"{name}.weight"]
         if not isinstance(found, Tensor):
             how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "axes": np.array([2, 3])}

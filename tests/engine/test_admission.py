@@ -4,6 +4,7 @@ import heapq
 import random
 from dataclasses import dataclass, replace
 
+import msgspec
 import pytest
 
 from app.engine.admission import Admission
@@ -166,3 +167,13 @@ def work_until_done(rows: list[Row]) -> float:
         now += COSTS.step_seconds(len(todo.step), 128 * 128) if todo.step else 0
         now += COSTS.decode_seconds(len(todo.decode), 128 * 128) if todo.decode else 0
     return now
+
+
+def test_weights_that_must_be_made_first_are_a_part_of_the_price():
+    costs = msgspec.structs.replace(COSTS, style=0.3)
+    here, missing = row(), replace(row(), is_here=False)
+    assert costs.alone(missing) == pytest.approx(costs.alone(here) + 0.3)
+    alike = [replace(row(id), is_here=False) for id in range(4)]
+    assert costs.work(alike) == pytest.approx(costs.work([row(id) for id in range(4)]) + 0.3)  # once for all of them
+    assert Admission(limit=256).ask([replace(row(deadline=0.3), is_here=False)], [], costs, 0.0, who="a") is not None
+    assert Admission(limit=256).ask([row(deadline=0.3)], [], costs, 0.0, who="a") is None

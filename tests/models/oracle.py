@@ -47,9 +47,14 @@ def draw(name: str, prompt: str, seed: int, output_type: str = "latent") -> Tens
 
 
 def draw_styled(
-    name: str, folder: Path, much: dict[str, float], prompts: Sequence[str], seeds: Sequence[int]
+    name: str,
+    folder: Path,
+    much: dict[str, float],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    output_type: str = "latent",
 ) -> Tensor:
-    """Latents (B, 4, 16, 16) with LoRAs of a folder, by load_lora_weights and set_adapters."""
+    """Latents (B, 4, 16, 16), or pixels as in draw(), with LoRAs of a folder, by load_lora_weights and set_adapters."""
     pipeline = copy.deepcopy(diffusers_pipeline(name))
     own = [adapter for part in pipeline.get_list_adapters().values() for adapter in part][:1]
     for style in much:
@@ -59,7 +64,8 @@ def draw_styled(
     pipeline.set_adapters([*own, *much], [*(1.0 for _ in own), *much.values()])
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     steps = FAMILY.variants[name].steps
-    drawn: Tensor = pipeline(
-        list(prompts), num_inference_steps=steps, guidance_scale=0, generator=generators, output_type="latent"
-    ).images
-    return drawn
+    return torch.as_tensor(
+        pipeline(
+            list(prompts), num_inference_steps=steps, guidance_scale=0, generator=generators, output_type=output_type
+        ).images
+    )

@@ -13,6 +13,7 @@ from models.pipeline import Pipeline
 from models.registry import Registry
 from models.styles import Styles
 from models.weights import WeightStore
+from models.weightset import BadStyle, StyleGone
 from tests.models import loras, oracle
 
 FAMILY = CATALOG["embedded"]
@@ -96,3 +97,90 @@ def test_a_styled_picture_has_diffusers_latents_alone_and_in_a_batch(pipeline, r
     torch.testing.assert_close(
         draw(pipeline, registry, wanted, PROMPTS[:1], SEEDS[:1])[0], theirs[0], rtol=0, atol=1e-4
     )
+
+
+def test_prompts_are_cached_by_the_styles_of_their_text_encoders(pipeline, registry, folder):
+    known = pipeline.prompts.encode(PROMPTS[:1])[0]
+    found = []
+    for much in ({"text": 1.0}, {"text": 0.5}, {"attention": 1.0}, {"text": 1.0}):
+        wanted = weights(folder, "4step-unet", much)
+        registry.load(wanted)
+        found.append(pipeline.prompts_for(wanted, registry.text_factors(wanted)).encode(PROMPTS[:1])[0])
+    assert found[3] is found[0]
+    assert found[2] is known  # of the UNet alone: one cache
+    assert not torch.equal(found[0].prompt_embeds, found[1].prompt_embeds)
+    assert pipeline.prompts.encode(PROMPTS[:1])[0] is known
+
+
+def test_the_base_picture_is_the_same_to_the_bit_after_a_hundred_switches_within_the_budget(pipeline, folder):
+    base = Weights("4step-unet")
+    sets = [weights(folder, "4step-unet", {name: scale}) for name in FILES for scale in (1.0, -1.0, 0.5)]
+    one_set = Registry(WeightStore(FAMILY), Device(), torch.float32, []).bytes_of_a_set
+    budget = int(3.2 * one_set)
+    registry = Registry(WeightStore(FAMILY), Device(), torch.float32, [Tier("cpu", budget)], styles=folder)
+    before = draw(pipeline, registry, base, PROMPTS[:1], SEEDS[:1])
+    gone = 0
+    for switch in range(100):
+        gone += len(registry.load(sets[switch * 5 % len(sets)]))
+        registry.use(sets[switch * 5 % len(sets)])
+        assert sum(row.resident_bytes for row in registry.status()) <= budget
+    assert gone == 98  # two fit
+    assert registry.is_resident(base)
+    assert registry.switches == 101
+    assert torch.equal(draw(pipeline, registry, base, PROMPTS[:1], SEEDS[:1]), before)
+
+
+def test_styled_sets_leave_before_others_and_those_to_keep_last(folder):
+    one_set = Registry(WeightStore(FAMILY), Device(), torch.float32, []).bytes_of_a_set
+    registry = Registry(WeightStore(FAMILY), Device(), torch.float32, [Tier("cpu", int(3.2 * one_set))], styles=folder)
+    old, new = Weights("2step-unet"), weights(folder, "2step-unet", {"attention": 1.0})
+    other, third = (weights(folder, "2step-unet", {"attention": scale}) for scale in (0.5, 0.25))
+    for each in (old, new, other):
+        registry.load(each)
+    assert registry.load(third, keep=[new]) == [other]
+    assert registry.load(Weights("1step-unet")) == [new]
+    assert not registry.has_room([old, third, Weights("1step-unet")])
+
+
+@pytest.mark.parametrize("budgets", [(1.2, 2.2), (0.5, 2.2)])
+def test_a_styled_set_that_leaves_the_first_tier_is_not_moved_down(folder, budgets):
+    one_set = Registry(WeightStore(FAMILY), Device(), torch.float32, []).bytes_of_a_set
+    tiers = [Tier("cpu", int(sets * one_set)) for sets in budgets]
+    registry = Registry(WeightStore(FAMILY), Device(), torch.float32, tiers, styles=folder)
+    first, second = (weights(folder, "2step-unet", {"attention": scale}) for scale in (1.0, 0.5))
+    registry.load(first)
+    left = registry.load(second)
+    assert left == ([first] if budgets[0] > 1 else [])
+
+
+def test_a_file_that_was_replaced_since_it_was_asked_for_is_not_read(folder, tmp_path):
+    loras.write(tmp_path, "x", loras.kohya(loras.factors(ATTENTION, 0)))
+    registry = Registry(WeightStore(FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)], styles=tmp_path)
+    wanted = weights(tmp_path, "4step-unet", {"x": 1.0})
+    loras.write(tmp_path, "x", loras.kohya(loras.factors(ATTENTION, 1)))
+    with pytest.raises(StyleGone, match="style x"):
+        registry.load(wanted)
+    assert weights(tmp_path, "4step-unet", {"x": 1.0}) != wanted
+
+
+@pytest.mark.parametrize("name", ["text_model.encoder.layers.0.mlp.fc1", "text_projection"])
+def test_a_text_encoders_tensor_that_does_not_fit_is_refused_by_its_name(tmp_path, name):
+    key = f"text_encoder_2.{name}"
+    loras.write(tmp_path, "x", {f"{key}.lora_A.weight": torch.ones(2, 7), f"{key}.lora_B.weight": torch.ones(7, 2)})
+    registry = Registry(WeightStore(FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)], styles=tmp_path)
+    with pytest.raises(BadStyle, match=f"{key}.lora_A.weight and its up do not fit"):
+        registry.load(weights(tmp_path, "4step-unet", {"x": 1.0}))
+
+
+def test_the_folder_is_looked_at_again_for_unknown_names_at_most_once_a_second(tmp_path):
+    now = [0.0]
+    styles = Styles(tmp_path, clock=lambda: now[0])
+    assert styles.find(["x"], FAMILY) == {}
+    loras.write(tmp_path, "x", loras.kohya(loras.factors(ATTENTION, 0)))
+    loras.write(tmp_path, "x" * 65, loras.kohya(loras.factors(ATTENTION, 0)))
+    assert styles.find(["x"], FAMILY) == {}
+    now[0] = 1.0
+    assert styles.find(["x"], FAMILY).keys() == {"x"}
+    (tmp_path / "x.safetensors").unlink()
+    assert styles.find(["x"], FAMILY) == {}  # a known one is looked at each time
+    assert Styles(tmp_path / "nowhere").all(FAMILY) == []
