@@ -1,4 +1,5 @@
-"""The command line: serve, generate (one prompt to a file, without a server), and models (list, fetch, verify)."""
+"""The command line: serve, generate (one prompt to a file, without a server), models (list, fetch,
+verify), and keys (new)."""
 
 import contextlib
 import os
@@ -11,8 +12,9 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
 from app import logs
+from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
-from app.settings import PREFIX, EngineSettings, Settings
+from app.settings import PREFIX, EngineSettings, Settings, Variables
 from models.catalog import CATALOG
 
 
@@ -23,11 +25,12 @@ class Serve(Settings):
         """Run the server."""
         from app.api.deps import parts_of
         from app.http.server import serve
-        from app.main import create_app
+        from app.main import create_admin, create_app
 
         logs.set_up(self.log_level)
         app = create_app(self)
-        sys.exit(serve(app, self, parts_of({"app": app}).fleet))
+        parts = parts_of({"app": app})
+        sys.exit(serve(app, self, parts.fleet, create_admin(parts)))
 
 
 class Generate(EngineSettings):
@@ -40,6 +43,7 @@ class Generate(EngineSettings):
     negative_prompt: str | None = Field(None, max_length=PROMPT_LIMIT, description="what to move away from")
     width: int | None = Field(None, description="pixels; the model's own size if absent")
     height: int | None = Field(None, description="pixels; the model's own size if absent")
+    lora: list[str] = Field(default_factory=list, description="NAME or NAME:SCALE, a style on top; may be repeated")
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
 
@@ -63,6 +67,7 @@ class Generate(EngineSettings):
             owner="",
             prompt=self.prompt,
             variant=self.variant,
+            styles=tuple(map(_style, self.lora)),
             negative_prompt=self.negative_prompt,
             guidance=self.guidance_scale,
             steps=self.steps,
@@ -71,6 +76,14 @@ class Generate(EngineSettings):
             height=self.height,
         )
         print(f"{self.output} (seed {draw(self, order, self.output)})")
+
+
+def _style(text: str) -> tuple[str, float]:
+    name, _, scale = text.partition(":")
+    try:
+        return name, float(scale or 1)
+    except ValueError:
+        sys.exit(f"--lora {text}: the scale must be a number")
 
 
 class Models(EngineSettings):
@@ -93,6 +106,25 @@ class Models(EngineSettings):
             sys.exit(1)
 
 
+class Keys(Variables):
+    """Make a key for API_KEYS_FILE, and print it: the file holds only its hash."""
+
+    action: CliPositionalArg[Literal["new"]]
+    name: CliPositionalArg[str] = Field(pattern=NAME, description="whose key it is, for the log and the metrics")
+    api_keys_file: Path = Field(description="the file to append to; it is made if it is not there")
+    rpm: int | None = Field(None, ge=1, le=1_000_000, description="requests a minute; by default any number")
+    in_flight: int | None = Field(
+        None, ge=1, le=1_000_000, description="pictures accepted and not finished; by default any number"
+    )
+
+    def cli_cmd(self) -> None:
+        """Make it; exits with 1 if the file cannot take it."""
+        try:
+            print(add(self.api_keys_file, self.name, self.rpm, self.in_flight))
+        except ValueError as error:
+            sys.exit(str(error))
+
+
 class CommandLine(
     BaseSettings, cli_kebab_case=True, cli_prog_name="sdxl-lightning", cli_parse_none_str="\0"
 ):  # "null" is a prompt like others
@@ -101,6 +133,7 @@ class CommandLine(
     serve: CliSubCommand[Serve]
     generate: CliSubCommand[Generate]
     models: CliSubCommand[Models]
+    keys: CliSubCommand[Keys]
 
     def cli_cmd(self) -> None:
         """Run the subcommand."""

@@ -31,7 +31,7 @@ def encode(
         return _with_text(fpng.from_bytes(pixels, width, height, 3), _texts(parameters))
     file = io.BytesIO()
     image = Image.frombytes("RGB", (width, height), pixels)
-    image.save(file, output_format, quality=quality, xmp=XMP.encode(), comment=_line(parameters))
+    image.save(file, output_format, quality=quality, xmp=XMP.encode(), comment=line(parameters))
     return file.getvalue()
 
 
@@ -41,10 +41,11 @@ def styles(weights: Weights) -> dict[str, str]:
 
 
 def _texts(parameters: dict[str, Any]) -> dict[str, str]:
-    return {"parameters": _line(parameters), "Software": "sdxl-lightning-server", "XML:com.adobe.xmp": XMP}
+    return {"parameters": line(parameters), "Software": "sdxl-lightning-server", "XML:com.adobe.xmp": XMP}
 
 
-def _line(parameters: dict[str, Any]) -> str:
+def line(parameters: dict[str, Any]) -> str:
+    """Parameters as other tools write them into a picture."""
     return ", ".join(f"{name}: {value}" for name, value in parameters.items())
 
 

@@ -17,14 +17,15 @@ DEFAULT_STEPS = 4
 MOST_STYLES = 4
 MOST_NAMED = 50  # of the styles there are, in a refusal
 SEED_LIMIT = 2**32
-PROMPT_LIMIT = 2000  # characters
+PROMPT_LIMIT = 2000  # characters; the text encoders take fewer
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks that are drawn as nothing
 
 
 def is_blank(prompt: str) -> bool:
-    """Whether nothing of a prompt can be seen."""
-    return all(char in BLANK or "\ufe00" <= char <= "\ufe0f" or unicodedata.category(char) in UNSEEN for char in prompt)
+    """Whether nothing of a prompt, as far as it is read, can be seen."""
+    read = prompt[:PROMPT_LIMIT]
+    return all(char in BLANK or "\ufe00" <= char <= "\ufe0f" or unicodedata.category(char) in UNSEEN for char in read)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Order:
     """One request for n pictures. None: left to us.
 
     guidance: 0 and 1 mean without. negative_prompt: None is the absent one, which is not the empty one.
-    owner: who asks, so that the same order from somebody else is another one. styles: by name how much of each, -2 to
-    2. width, height: pixels. timeout: seconds after which the pictures are of no use. Picture k of n has seed + k.
+    owner: who asks, so that the same order from somebody else is another one. prompt: cut behind PROMPT_LIMIT. width,
+    height: pixels; fit: where they cannot be drawn, the nearest that can. timeout: seconds after which the pictures are
+    of no use. Picture k of n has seed + k. styles: by name how much of each.
     """
 
     owner: str
@@ -47,6 +49,7 @@ class Order:
     n: int = 1
     width: int | None = None
     height: int | None = None
+    fit: bool = False
     timeout: float | None = None
 
     @property
@@ -71,6 +74,8 @@ def resolve(
     that there are, by name. Raises Problem for what the family does not draw or the server does not allow."""
     variant = _variant(order, family)
     width, height = order.width or family.size.default, order.height or family.size.default
+    if order.fit:
+        width, height = family.size.nearest(width, height)
     for side, pixels in (("width", width), ("height", height)):
         if refusal := family.size.refusal(side, pixels):
             raise Problem(errors.INVALID, refusal, side)
@@ -81,16 +86,24 @@ def resolve(
         raise Problem(errors.INVALID, f"timeout must be at most {limits.max_timeout_s:g} s on this server", "timeout")
     guidance = _guidance(order, variant)
     weights = Weights(variant.name, _styles(order, styles))
+    if order.seed is not None and order.seed + order.n > SEED_LIMIT:
+        detail = f"seed must be at most {SEED_LIMIT - order.n} for n = {order.n}, as picture k has seed + k"
+        raise Problem(errors.INVALID, detail, "seed")
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
-    drawn = (height, width, deadline, order.owner, order.negative_prompt, guidance)
-    return [Job(new_id(), order.prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
+    away = order.negative_prompt and order.negative_prompt[:PROMPT_LIMIT]
+    prompt, drawn = order.prompt[:PROMPT_LIMIT], (height, width, deadline, order.owner, away, guidance)
+    return [Job(new_id(), prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
 
 
 def _variant(order: Order, family: Family) -> Variant:
     """The weights an order means: by name, or the UNet of its step count."""
     name = order.variant or f"{order.steps or DEFAULT_STEPS}step-unet"
     variant = family.variants.get(name)
+    if variant is None and order.variant is None:
+        counts = sorted({each.steps for each in family.variants.values()})
+        detail = f"there are weights for {', '.join(map(str, counts))} steps, not {order.steps}"
+        raise Problem(errors.INVALID, detail, "steps")
     if variant is None:
         raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
     if order.steps is not None and order.steps != variant.steps:
@@ -100,7 +113,9 @@ def _variant(order: Order, family: Family) -> Variant:
 
 
 def _styles(order: Order, styles: Mapping[str, StyleFile]) -> tuple[Style, ...]:
-    """By name, so that their order makes no difference; without those that change nothing."""
+    """Sorted by their names, so that their order makes no difference; without those that change nothing."""
+    if len(order.styles) > MOST_STYLES:
+        raise Problem(errors.INVALID, f"there can be at most {MOST_STYLES} styles", "loras")
     if unknown := [name for name, _ in order.styles if name not in styles]:
         known = sorted(styles)
         there_are = f"there are {', '.join(known[:MOST_NAMED])}" if known else "there is none"
@@ -108,7 +123,12 @@ def _styles(order: Order, styles: Mapping[str, StyleFile]) -> tuple[Style, ...]:
         raise Problem(errors.INVALID, f"there is no style {unknown[0]}; {there_are}{more}", "loras")
     if len({name for name, _ in order.styles}) < len(order.styles):
         raise Problem(errors.INVALID, "a style can be named once only", "loras")
-    return tuple(Style(name, scale, styles[name].id) for name, scale in sorted(order.styles) if scale)
+    for name, scale in order.styles:
+        if not -2 <= scale <= 2 or abs(scale - round(scale, 2)) > 1e-6:
+            detail = f"the scale of {name} must be from -2 to 2 in steps of 0.01, not {scale:g}"
+            raise Problem(errors.INVALID, detail, "loras")
+    rounded = [(name, round(scale, 2)) for name, scale in sorted(order.styles)]
+    return tuple(Style(name, scale, styles[name].id) for name, scale in rounded if scale)
 
 
 def _guidance(order: Order, variant: Variant) -> float:

@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -9,18 +10,44 @@ import msgspec
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from app import keys
 from app.engine.messages import EngineConfig
 
 GIB = 2**30
+ANY_STEPS = "sdxl-lightning"  # the name of the model as a whole: which variant draws, follows from the steps
 PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
 
 log = logging.getLogger("app.settings")
 
 
-class EngineSettings(BaseSettings):
-    """What a run of the model needs, with or without a server."""
+def listed(text: str | None) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+class Variables(BaseSettings):
+    """Settings from flags and variables."""
 
     model_config = SettingsConfigDict(cli_kebab_case=True, env_ignore_empty=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *others: object,
+        **named: object,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then variables with the prefix, then plain ones."""
+        return (
+            init_settings,
+            EnvSettingsSource(settings_cls, env_prefix=PREFIX, env_ignore_empty=True),
+            EnvSettingsSource(settings_cls, env_ignore_empty=True),
+        )
+
+
+class EngineSettings(Variables):
+    """What a run of the model needs, with or without a server."""
 
     model: Literal["embedded", "sdxl"] | None = Field(
         None, description="the model family; by default sdxl if CUDA and its weights are there, else embedded"
@@ -63,21 +90,6 @@ class EngineSettings(BaseSettings):
         Path("~/.cache/sdxl-lightning-server"), description="where compiled code is kept; safe to delete"
     )
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        *others: object,
-        **named: object,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then variables with the prefix, then plain ones."""
-        return (
-            init_settings,
-            EnvSettingsSource(settings_cls, env_prefix=PREFIX, env_ignore_empty=True),
-            EnvSettingsSource(settings_cls, env_ignore_empty=True),
-        )
-
     @field_validator("model_dir", "lora_dir")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
@@ -100,7 +112,7 @@ class EngineSettings(BaseSettings):
             dtype=self.dtype,
             threads=self.threads,
             max_batch=self.max_batch,
-            preload=[name.strip() for name in self.preload.split(",")] if self.preload else None,
+            preload=listed(self.preload) or None,
             device_budget=int(self.device_budget_gib * GIB) if self.device_budget_gib else None,
             host_budget=int(self.host_budget_gib * GIB),
             compile=self.compile,
@@ -115,11 +127,35 @@ class Settings(EngineSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6 only")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    admin_port: int | None = Field(
+        None, ge=1, le=65535, description="a port on 127.0.0.1 for /metrics, which then is on no other"
+    )
+    api_keys_file: Path | None = Field(
+        None, description="who may draw: a file that `sdxl-lightning keys new NAME` writes; by default everybody"
+    )
+    allowed_hosts: str | None = Field(
+        None,
+        description="names that the Host header may have, with commas between, *.example.com too; by default any where "
+        "HOST is reached from other machines, else only localhost; IP addresses always",
+    )
+    allowed_origins: str | None = Field(
+        None, description="web pages of other origins that may use this server (CORS), with commas between, or *"
+    )
     root_path: str = Field("", description="the path under which a proxy shows this server, e.g. /sdxl")
     queue_limit: int = Field(256, ge=1, le=100_000, description="pictures accepted and not finished; more get a 429")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
     max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
+    size_policy: Literal["nearest", "strict"] = Field(
+        "nearest",
+        description="what the OpenAI, A1111 and Hugging Face routes do with a size that the model cannot draw: take "
+        "the nearest that it can, and say so, or refuse it, as /generate does",
+    )
+    model_aliases: str = Field(
+        "dall-e-2,dall-e-3,gpt-image-1,gpt-image-1.5,default",
+        description="model names that clients insist on, with commas between: each means sdxl-lightning, whose variant "
+        "follows from the steps; NAME=VARIANT binds it to one",
+    )
     drain_s: float = Field(60.0, ge=0, le=3600, description="how long SIGTERM waits for accepted requests, seconds")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
@@ -128,10 +164,23 @@ class Settings(EngineSettings):
     def _any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
+    @field_validator("api_keys_file")
+    @classmethod
+    def _has_keys(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            keys.read(value)
+        return value
+
     @field_validator("host")
     @classmethod
     def _without_brackets(cls, value: str) -> str:
         return value.strip("[]")
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """What each of the model_aliases means."""
+        pairs = (pair.partition("=") for pair in self.model_aliases.split(",") if pair.strip())
+        return {name.strip(): variant.strip() or ANY_STEPS for name, _, variant in pairs}
 
     def engine_config(self) -> EngineConfig:
         """With the log's level."""

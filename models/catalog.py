@@ -82,6 +82,13 @@ class Sizes:
             return f"{side} must be {self.default}, the only size this model draws, not {pixels}"
         return f"{side} must be from {self.minimum} to {self.maximum} in steps of {self.multiple}, not {pixels}"
 
+    def nearest(self, width: int, height: int) -> tuple[int, int]:
+        """The sides that can be drawn and come nearest: of the same shape, as far as the limits allow."""
+        scale = min(max(1.0, self.minimum / min(width, height)), self.maximum / max(width, height))
+        rounded = (round(side * scale / self.multiple) * self.multiple for side in (width, height))
+        width, height = (min(max(side, self.minimum), self.maximum) for side in rounded)
+        return width, height
+
 
 @dataclass(frozen=True)
 class Repository:

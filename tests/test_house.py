@@ -14,7 +14,7 @@ OURS = {"app", "models", "distill", "bench", "tests"}
 MAY_IMPORT = {"models": {"models"}, "distill": {"models", "distill"}, "app": {"app", "models"}}
 HTTP_SIDE = ("fleet", "admission", "queue", "process", "messages", "wire", "jobs", "costs", "scheduler")
 DEVICE_SIDE = ("worker", "load", "cores", "warmup", "loop", "calls", "work", "loading", "upgrade")
-ROUTES = {"app.api.generate", "app.api.health", "app.api.loras", "app.api.models"}
+ROUTES = {f"app.api.{name}" for name in ("generate", "openai", "models", "loras", "a1111", "huggingface", "health")}
 ASKS_FOR_A_GPU = re.compile(r"""torch\.cuda|\.is_cuda|[!=]= ?["']cuda""")
 
 

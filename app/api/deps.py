@@ -1,12 +1,13 @@
 """Typed access to what main.py assembled. Nothing else reads the application's state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 from starlette.types import Scope
 
 from app.engine.fleet import Fleet
+from app.keys import Key
 from app.metrics import Metrics
 from app.settings import Settings
 from models.styles import Styles
@@ -14,12 +15,13 @@ from models.styles import Styles
 
 @dataclass(frozen=True)
 class Parts:
-    """What one server is made of."""
+    """What one server is made of. chosen: what a client of an API chose for all requests to it."""
 
     fleet: Fleet
     settings: Settings
     metrics: Metrics
     styles: Styles
+    chosen: dict[str, str] = field(default_factory=dict)
 
 
 def install(app: FastAPI, parts: Parts) -> None:
@@ -31,6 +33,14 @@ def parts_of(scope: Scope) -> Parts:
     """The parts of the server that a request came to."""
     parts: Parts = scope["app"].state.parts
     return parts
+
+
+def owner_of(request: Request) -> str:
+    """Who asks: the name of a key, or an address."""
+    key: Key | None = request.scope["state"].get("key")
+    if key is not None:
+        return key.name
+    return request.client.host if request.client else ""
 
 
 async def _parts(request: Request) -> Parts:

@@ -16,7 +16,7 @@ from app.engine.jobs import Job
 from app.engine.messages import Done
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
-from app.order import Limits, Order, resolve
+from app.order import PROMPT_LIMIT, Limits, Order, resolve
 from models.catalog import CATALOG
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
@@ -36,9 +36,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawn:
-    """An order's pictures. timings_ms: by stage, the slowest picture's in the engine, then all to files, then all."""
+    """An order's pictures. prompt_truncated: its end was not read. timings_ms: by stage, the slowest picture's in the
+    engine, then all to files, then all."""
 
     pictures: list[Picture]
+    prompt_truncated: bool
     timings_ms: dict[str, float]
 
 
@@ -47,11 +49,12 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
     start = time.monotonic()
     jobs, done = await _unless_the_client_leaves(request, _drawn(order, request, parts))
     encoding = time.monotonic()
-    files = [await _file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
+    files = [await make_file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
     pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
-    return Drawn(pictures, _timings(done, end - encoding, end - start))
+    is_cut = done[0].truncated or len(order.prompt) > PROMPT_LIMIT
+    return Drawn(pictures, is_cut, _timings(done, end - encoding, end - start))
 
 
 async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
@@ -103,8 +106,9 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def _file(job: Job, done: Done, output_format: str, quality: int) -> bytes:
-    parameters = {
+def parameters(job: Job, done: Done) -> dict[str, Any]:
+    """What drew a picture, in the words of other tools."""
+    return {
         "Steps": job.steps,
         "Sampler": "Euler",
         "Schedule type": "SGM Uniform",  # what other tools call trailing timesteps
@@ -114,7 +118,11 @@ async def _file(job: Job, done: Done, output_format: str, quality: int) -> bytes
         "Model": f"sdxl-lightning-{job.weights.variant}",
         **images.styles(job.weights),
     }
-    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters)
+
+
+async def make_file(job: Job, done: Done, output_format: str, quality: int) -> bytes:
+    """A picture file of what was drawn."""
+    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters(job, done))
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
         return images.encode(*arguments)
     return await run_in_threadpool(images.encode, *arguments)

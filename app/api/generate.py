@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from app import images
 from app.api.accept import choose_format
-from app.api.deps import PartsDep
+from app.api.deps import PartsDep, owner_of
 from app.api.draw import Drawn, draw
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse, Image
@@ -24,7 +24,7 @@ REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures. The answer is JSON, or the bare picture where the Accept header asks for image/* (n = 1)."""
     bare = choose_format(", ".join(request.headers.getlist("accept")), body)
-    order = _order(body, request.client.host if request.client else "")
+    order = _order(body, owner_of(request))
     with named(width="size", height="size") if body.size else named():
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)
     return _picture(drawn, bare) if bare else _json(request, drawn)
@@ -69,7 +69,7 @@ def _json(request: Request, drawn: Drawn) -> Response:
         width=first.done.width,
         height=first.done.height,
         prompt_tokens=first.done.tokens,
-        prompt_truncated=first.done.truncated,
+        prompt_truncated=drawn.prompt_truncated,
         images=[Image(b64_json=base64.b64encode(each.file).decode(), seed=each.job.seed) for each in drawn.pictures],
         timings_ms=drawn.timings_ms,
         batch_sizes=first.done.batches,

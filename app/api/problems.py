@@ -1,6 +1,6 @@
 """How each API shows a Problem. Ours is RFC 9457 problem+json: what came, what is possible, what to do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,28 +10,60 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from app import errors
-from app.api.schemas import ProblemBody
+from app.api.schemas import OpenAIError, ProblemBody
 from app.errors import MEDIA_TYPE, Problem, document
 
-SCHEMA = ProblemBody.model_json_schema()
+PROBLEM = (MEDIA_TYPE, ProblemBody.model_json_schema())
+OPENAI_ERROR = ("application/json", OpenAIError.model_json_schema())
+LONGEST_WAIT_S = 60  # OpenAI's npm client takes a longer Retry-After for none, and repeats at once
 
 
 def respond(request: Request, problem: Problem) -> JSONResponse:
-    """The answer to a request that is not served."""
+    """The answer to a request that is not served, in the shape of the API that it was sent to: by the path as the
+    router sees it, so that it holds under any prefix, and before a route is found."""
     state = request.scope.setdefault("state", {})
     state["problem"] = problem  # for the ledger
     headers = {"Retry-After": str(problem.retry_after)} if problem.retry_after is not None else {}
-    body = document(problem, state.get("request_id"))
-    return JSONResponse(body, problem.cause.status, headers, media_type=MEDIA_TYPE)
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    status, request_id = problem.cause.status, state.get("request_id")
+    if path.startswith("/v1/"):
+        if not _helps_to_repeat(problem, state):
+            headers["x-should-retry"] = "false"
+        return JSONResponse(openai_error(problem), 400 if status == 422 else status, headers)
+    if path == "/" and status == 503:
+        status = 429  # Hugging Face's JavaScript client repeats after a 503 at once, for ever
+    return JSONResponse({**document(problem, request_id), "status": status}, status, headers, media_type=MEDIA_TYPE)
 
 
-def declare(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def openai_error(problem: Problem) -> dict[str, Any]:
+    """A problem as OpenAI's SDKs read it."""
+    status, told = problem.cause.status, document(problem)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {
+        "error": {
+            "message": told["detail"],
+            "type": "rate_limit_error" if status == 429 else kind,
+            "param": told.get("field"),
+            "code": "model_not_found" if problem.cause is errors.UNKNOWN_MODEL else told["code"],
+        }
+    }
+
+
+def _helps_to_repeat(problem: Problem, state: MutableMapping[str, Any]) -> bool:
+    """Whether the same request may be served later. OpenAI's SDKs repeat after any 5xx, unless told otherwise."""
+    if problem.cause.status == 504 or (problem.retry_after or 0) > LONGEST_WAIT_S:
+        return False
+    return problem.cause.status != 500 or not state.get("seeded")
+
+
+def declare(*statuses: int, shape: tuple[str, dict[str, Any]] = PROBLEM) -> dict[int | str, dict[str, Any]]:
     """What a route's OpenAPI says of these statuses, from the one table of causes."""
     declared: dict[int | str, dict[str, Any]] = {}
+    media_type, schema = shape
     for status in statuses:
         causes = [cause for cause in errors.CAUSES.values() if cause.status == status]
         text = "; ".join(dict.fromkeys(f"{cause.title}: {cause.advice}" for cause in causes))
-        declared[status] = {"description": text, "content": {MEDIA_TYPE: {"schema": SCHEMA}}}
+        declared[status] = {"description": text, "content": {media_type: {"schema": schema}}}
         if any(cause.retry_after for cause in causes) or status == 429:
             declared[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     return declared

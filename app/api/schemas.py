@@ -1,9 +1,8 @@
 """The wire format of our own API: what may be asked, and what is answered. null means the same as absent."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import (
-    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -18,14 +17,6 @@ from pydantic_core import PydanticCustomError
 from app.order import MOST_STYLES, PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-STEPS = (1, 2, 4, 8)
-
-
-def _hundredths(scale: float) -> float:
-    nearest = round(scale, 2)
-    if abs(scale - nearest) > 1e-6:
-        raise PydanticCustomError("refused", "scale must be in steps of 0.01")
-    return nearest + 0.0  # -0.0 is 0
 
 
 class Lora(BaseModel):
@@ -34,9 +25,7 @@ class Lora(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: StrictStr = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="as GET /v1/loras lists it")
-    scale: Annotated[StrictFloat, Field(ge=-2, le=2), AfterValidator(_hundredths)] = Field(
-        1.0, description="-2 to 2 in steps of 0.01"
-    )
+    scale: StrictFloat = Field(1.0, ge=-2, le=2, description="how much of it, in steps of 0.01")
 
 
 class GenerateRequest(BaseModel):
@@ -99,12 +88,8 @@ class GenerateRequest(BaseModel):
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
             raise _refusal("prompt", "must have a character that can be seen")
-        if self.steps is not None and self.steps not in STEPS:
-            raise _refusal("steps", f"there are weights for 1, 2, 4 or 8 steps, not {self.steps}")
         if self.size and (self.width or self.height):
             raise _refusal("size", "cannot be given together with width or height")
-        if self.seed is not None and self.seed + self.n > SEED_LIMIT:
-            raise _refusal("seed", f"must be at most {SEED_LIMIT - self.n} for n = {self.n}, as picture k has seed + k")
         return self
 
 
@@ -139,13 +124,14 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it. reason: why it failed, where it did."""
+    """A variant in OpenAI's list format, with ours beside it. steps: None where they may be chosen. reason: why it
+    failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: int
+    steps: int | None
     state: str
     resident_bytes: int
     reason: str | None = None
@@ -201,3 +187,18 @@ class ProblemBody(BaseModel):
     code: str
     field: str | None = None
     request_id: str | None = None
+
+
+class OpenAIFault(BaseModel):
+    """What OpenAI's SDKs read of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(BaseModel):
+    """An error in OpenAI's shape."""
+
+    error: OpenAIFault

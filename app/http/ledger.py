@@ -24,7 +24,7 @@ log = logging.getLogger("app.http")
 
 class Ledger:
     """Pure ASGI, so that a handler hears of its client leaving. What it keeps of a request is in scope["state"]:
-    request_id, status (0 until the answer begins), ledger, draws, variant, problem, client_left.
+    request_id, status (0 until the answer begins), ledger, draws, variant, problem, client_left, key.
     render: the answer to a fault that nobody foresaw."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, render: Callable[[Request, Problem], Response]) -> None:
@@ -63,6 +63,8 @@ class Ledger:
     def _settle(self, state: MutableMapping[str, Any], seconds: float) -> None:
         outcome = _outcome(state)
         self.metrics.requests.labels(state.get("variant", ""), outcome).inc()
+        if "key" in state:
+            self.metrics.of_key.labels(state["key"].name, outcome).inc()
         if outcome == "ok":
             self.metrics.total.observe(seconds)
 
@@ -97,4 +99,6 @@ def _log_line(scope: Scope, state: MutableMapping[str, Any], seconds: float) -> 
         "variant": state.get("variant", ""),
         "ms": round(seconds * 1000, 1),
     }
+    if "key" in state:
+        fields["key"] = state["key"].name
     log.info("request", extra={"fields": fields})

@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app import errors
 from app.errors import Cause
+from app.http.keys import take
 from app.http.ledger import count
 from app.http.protocol import RECEIVE_S
 
@@ -23,16 +24,19 @@ BODY_LIMIT = 64 << 10  # bytes; a prompt of 2,000 characters takes 12 KB at most
 JSON = re.compile(r"application/(json|[^\s;/]+\+json)\s*(;|$)", re.IGNORECASE)  # RFC 8259; RFC 6839, 3.1
 
 
-class DrawingRoute(APIRoute):
-    """A route that draws. It is counted from its arrival to its end, and its body is limited. A subclass may take
-    more. By the route, not by the path, so that all of it holds under any prefix."""
+class LimitedRoute(APIRoute):
+    """A route whose body is limited. A subclass may take more. By the route, not by the path, so that all of it holds
+    under any prefix."""
 
     body_limit = BODY_LIMIT
+    draws = False
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the request, judge it by its head, and pass it on with a receive() that keeps the limits."""
+        """Judge the request by its key and head, and pass it on with a receive() that keeps the limits."""
         if scope["method"] in (self.methods or ()):
-            count(scope)
+            if self.draws:
+                count(scope)
+                take(scope)
             headers = Headers(scope=scope)
             _check_type(headers)
             if int(headers.get("content-length", 0)) > self.body_limit:
@@ -71,6 +75,12 @@ class DrawingRoute(APIRoute):
 
     def _too_large(self) -> HTTPException:
         return _refusal(errors.BODY_TOO_LARGE, f"the body is larger than the limit of {self.body_limit} bytes")
+
+
+class DrawingRoute(LimitedRoute):
+    """A route that draws: it is counted from its arrival to its end."""
+
+    draws = True
 
 
 class StrictRequest(Request):

@@ -172,7 +172,7 @@ def test_any_text_is_a_prompt(server, prompt):
 def test_models_are_listed_in_openais_shape(server):
     models = httpx.get(f"{server.url}/v1/models").json()
     assert models["object"] == "list"
-    assert [model["id"] for model in models["data"]] == list(VARIANTS)
+    assert [model["id"] for model in models["data"]] == ["sdxl-lightning", *VARIANTS]
     assert {model["state"] for model in models["data"]} == {"resident"}
     assert httpx.get(f"{server.url}/v1/models/4step-lora").json()["steps"] == 4
     assert httpx.get(f"{server.url}/v1/models/nothing").status_code == 404

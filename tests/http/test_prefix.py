@@ -13,7 +13,7 @@ from app.settings import Settings
 def mounted() -> httpx.AsyncClient:
     """The real application under /sdxl, with no engine started."""
     app = Starlette(routes=[Mount("/sdxl", create_app(Settings()))])
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test/sdxl")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost/sdxl")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,13 @@ async def test_every_request_that_draws_is_limited_and_counted_once(mounted, con
     assert answer.headers["content-type"] == "application/problem+json"
     assert "sdxl_requests_received_total 1.0" in metrics
     assert f'sdxl_requests_total{{outcome="{outcome}",variant=""}} 1.0' in metrics
+
+
+async def test_each_api_has_its_own_errors_there(mounted):
+    theirs = await mounted.post("/v1/images/generations", json={"prompt": "a robot"})
+    assert theirs.json()["error"]["code"] == "not_ready"
+    assert (await mounted.get("/v1/nothing")).json()["error"]["code"] == "not_found"
+    assert (await mounted.post("/", json={"inputs": "a robot"})).status_code == 429
 
 
 async def test_what_does_not_draw_is_not_counted(mounted):

@@ -1,0 +1,176 @@
+"""POST /v1/images/generations, as OpenAI's SDKs and those who follow them send it.
+
+What they send as a matter of course is taken; what would be another picture is refused by name.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic import Field, model_validator
+
+from app.api.compat import (
+    LONGEST_PROMPT,
+    MOST_PICTURES,
+    CompatRoute,
+    Prompt,
+    Seed,
+    Tolerant,
+    as_base64,
+    as_json,
+    refusal,
+    variant_of,
+)
+from app.api.deps import Parts, PartsDep, owner_of
+from app.api.draw import draw, make_file, watch
+from app.api.problems import OPENAI_ERROR, declare, named, openai_error
+from app.api.schemas import OutputFormat
+from app.engine.jobs import Job
+from app.engine.messages import Done
+from app.engine.queue import Accepted
+from app.errors import Problem
+from app.images import MEDIA_TYPES
+from app.order import Order
+
+router = APIRouter(prefix="/v1/images", route_class=CompatRoute)
+
+STEPS = {"low": 2, "medium": 4, "high": 8, "standard": 4, "auto": 4, "hd": 8, "xhigh": 8, "max": 8}
+QUALITY = {1: "low", 2: "low", 4: "medium"}  # of the answer, by steps; more are high
+NAMES = {"variant": "model", "steps": "num_inference_steps", "width": "size", "height": "size"}
+IMPOSSIBLE = {
+    "mask": "belongs to /v1/images/edits",
+    "svg": "cannot be made: pictures are made of pixels",
+    "loras": "are not served here",
+}
+
+
+class ImagesRequest(Tolerant):
+    """OpenAI's fields, and those of the few-step servers beside them: seed, num_inference_steps, guidance_scale,
+    negative_prompt, loras."""
+
+    prompt: Prompt
+    model: str | None = None
+    n: int = Field(1, ge=1, le=MOST_PICTURES)
+    size: str = Field("auto", pattern=r"^(auto|[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$")
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"
+    background: Literal["auto", "opaque"] = "auto"
+    output_format: OutputFormat = "png"
+    output_compression: int = Field(90, ge=0, le=100)
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data: URL")
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+    seed: Seed | None = Field(None, ge=0)
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0)
+    negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _possible(cls, data: object) -> object:
+        if isinstance(data, dict) and (field := next((name for name in IMPOSSIBLE if data.get(name)), None)):
+            raise refusal(field, IMPOSSIBLE[field])
+        return data
+
+    def order(self, owner: str, parts: Parts) -> Order:
+        """What is asked for. Raises Problem where there is no such model."""
+        variant = variant_of(self.model, parts)
+        width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
+        return Order(
+            owner=owner,
+            prompt=self.prompt,
+            variant=variant,
+            negative_prompt=self.negative_prompt or None,
+            guidance=self.guidance_scale,
+            steps=self.num_inference_steps or (None if variant else STEPS[self.quality]),
+            seed=self.seed,
+            n=self.n,
+            width=width,
+            height=height,
+            fit=parts.settings.size_policy == "nearest",
+        )
+
+
+@router.post(
+    "/generations",
+    response_model=None,
+    responses=declare(400, 404, 408, 413, 415, 429, 500, 503, 504, shape=OPENAI_ERROR),
+)
+async def generate_images(body: ImagesRequest, request: Request, parts: PartsDep) -> Response:
+    """Draw pictures, as OpenAI's API has it: JSON, or server-sent events where stream is true."""
+    request.state.seeded = body.seed is not None
+    with named(**NAMES):
+        order = body.order(owner_of(request), parts)
+        if body.stream:
+            return await _streamed(body, order, request, parts)
+        drawn = await draw(order, body.output_format, body.output_compression or 1, request, parts)
+    pictures = await _pictures(body, [picture.file for picture in drawn.pictures])
+    first = drawn.pictures[0]
+    answer = {
+        "created": int(time.time()),
+        "data": [{**each, "seed": picture.job.seed} for each, picture in zip(pictures, drawn.pictures, strict=True)],
+        **_about(body, first.job, first.done),
+        "model": first.job.weights.variant,
+        "prompt_truncated": drawn.prompt_truncated,
+    }
+    return as_json(answer)
+
+
+async def _streamed(body: ImagesRequest, order: Order, request: Request, parts: Parts) -> Response:
+    """The pictures as events, each as soon as it is done. Raises Problem where the order is not accepted."""
+    events = watch(order, request, parts, wants_steps=False)
+    accepted = await anext(events)
+    assert isinstance(accepted, Accepted)
+    jobs = {job.id: job for job in accepted.jobs}
+
+    async def stream() -> AsyncIterator[bytes]:
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Done):
+                        yield await _completed(body, jobs[event.id], event)
+        except Problem as problem:
+            request.state.problem = problem
+            yield _event("error", openai_error(problem))
+        except (asyncio.CancelledError, GeneratorExit):
+            request.state.client_left = True
+            raise
+
+    return EventSourceResponse(stream())
+
+
+async def _completed(body: ImagesRequest, job: Job, done: Done) -> bytes:
+    file = await make_file(job, done, body.output_format, body.output_compression or 1)
+    (picture,) = await _pictures(body, [file])
+    about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed}
+    return _event("image_generation.completed", {"type": "image_generation.completed", **picture, **about})
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return format_sse_event(event=name, data_str=msgspec.json.encode(data).decode())
+
+
+async def _pictures(body: ImagesRequest, files: list[bytes]) -> list[dict[str, msgspec.Raw]]:
+    prefix = f"data:{MEDIA_TYPES[body.output_format]};base64," if body.response_format == "url" else ""
+    return [{body.response_format: text} for text in await as_base64(files, prefix)]
+
+
+def _about(body: ImagesRequest, job: Job, done: Done) -> dict[str, Any]:
+    """What OpenAI's answers and events say of a picture. Nothing is counted as output: pictures are no tokens here."""
+    tokens = {"image_tokens": 0, "text_tokens": done.tokens}
+    return {
+        "background": "opaque",
+        "output_format": body.output_format,
+        "quality": QUALITY.get(job.steps, "high"),
+        "size": f"{done.width}x{done.height}",
+        "usage": {
+            "input_tokens": done.tokens,
+            "input_tokens_details": tokens,
+            "output_tokens": 0,
+            "total_tokens": done.tokens,
+        },
+    }
