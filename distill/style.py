@@ -100,6 +100,7 @@ def main(
     unets = {steps: model.load_unet(made.unet, model.unet_file(base, steps)) for steps in model.STEPS}
     for part in (made.unet, made.encoders, made.vae, *unets.values()):
         part.to(device()).eval().requires_grad_(False)
+    (runs / "style").mkdir(parents=True, exist_ok=True)
     cache = latents.cached(made.vae, runs / f"latents-{NAME}.pt", every=every, restyle=outline)
     shop = Workshop(made, cache, runs / "style", batch)
     train(shop, unets, iterations)

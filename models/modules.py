@@ -114,7 +114,8 @@ def load_text_encoders(store: weights.WeightStore, place: str, dtype: torch.dtyp
 
 def text_shapes(store: weights.WeightStore) -> dict[str, WeightSet]:
     """The state of each text encoder, for names and shapes: it holds no numbers."""
-    with init_empty_weights():
+    # Not init_empty_weights(), which changes modules in all threads: another may give the UNet its weights meanwhile.
+    with torch.device("meta"):
         return {part: _text_encoder(store, part).state_dict() for part in TEXT_ENCODERS}
 
 

@@ -61,7 +61,8 @@ def draw_styled(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there is more than one adapter, and that is meant
             pipeline.load_lora_weights(folder, weight_name=f"{style}.safetensors", adapter_name=style)
-    pipeline.set_adapters([*own, *much], [*(1.0 for _ in own), *much.values()])
+    if own or much:
+        pipeline.set_adapters([*own, *much], [*(1.0 for _ in own), *much.values()])
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     steps = FAMILY.variants[name].steps
     return torch.as_tensor(
