@@ -45,13 +45,13 @@ def cached(
     path: Path,
     jitters: int = 2,
     every: int = 1,
-    restyle: Callable[[np.ndarray], np.ndarray] = lambda pictures: pictures,
+    render: Callable[[list[tuple[int, str]], random.Random], np.ndarray] = data.draw_batch,
 ) -> Latents:
-    """Encode the training pairs (or every n-th of them, for a toy), or read what an earlier run encoded. restyle: what
-    is made of the pictures before, (B, 128, 128, 3) uint8."""
+    """Encode the training pairs (or every n-th of them, for a toy), or read what an earlier run encoded. render: pairs
+    to pictures, as data.draw_batch."""
     if not path.exists():
         pairs, rng = data.pairs()[::every] * jitters, random.Random(0)
-        parts = [encode(vae, restyle(data.draw_batch(pairs[i : i + 64], rng))) for i in range(0, len(pairs), 64)]
+        parts = [encode(vae, render(pairs[i : i + 64], rng)) for i in range(0, len(pairs), 64)]
         torch.save({"x0": torch.cat(parts).cpu(), "pairs": pairs}, path)
     stored = torch.load(path, weights_only=True)
     return Latents(stored["x0"].to(device()), stored["pairs"])

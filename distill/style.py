@@ -7,6 +7,7 @@ interrupted.
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -28,20 +29,22 @@ SHIPPED = Path(__file__).parents[1] / "models" / "embedded"
 NAME = "line"
 RANKS = {2: 2, 4: 3}  # by a weight's dimensions: a file of 300 KB at the most, and the look is the convolutions' work
 ALPHA = 2.0
-RATE = 2e-3
-ITERATIONS = 1000
+RATE = 3e-3
+ITERATIONS = 1500
 PAPER, INK = 250, 20  # gray values
 EDGE = 4.0  # times the steepest slope of a colour, which is then all ink
 ORDER = (4, 8, 4, 2, 4, 1)  # step files in turn: most pictures are drawn in 4 steps
 
 
-def outline(pictures: np.ndarray) -> np.ndarray:
-    """Line drawings of pictures, uint8 (B, 128, 128, 3) both: ink where colours change, about three pixels wide."""
-    return np.stack([_outline(Image.fromarray(picture)) for picture in pictures])
+def draw_batch(chosen: list[tuple[int, str]], rng: random.Random) -> np.ndarray:
+    """Each object as a drawing, uint8 (B, 128, 128, 3): always the same one, whatever its background, and never moved
+    (the data's jitter would blur lines that are three pixels wide)."""
+    return np.stack([outline(data.draw(data.objects()[i].codepoint, "gray")) for i, _ in chosen])
 
 
-def _outline(picture: Image.Image) -> np.ndarray:
-    smooth = np.asarray(picture.filter(ImageFilter.GaussianBlur(1.0)), dtype=np.float32)
+def outline(picture: np.ndarray) -> np.ndarray:
+    """A line drawing of a picture, uint8 (H, W, 3) both: ink where colours change, about three pixels wide."""
+    smooth = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.0)), dtype=np.float32)
     across, down = (np.abs(np.diff(smooth, axis=axis, append=smooth.take([-1], axis))).max(2) for axis in (1, 0))
     edges = Image.fromarray((EDGE * np.maximum(across, down)).clip(0, 255).astype(np.uint8))
     lines = np.asarray(edges.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(0.7)), dtype=np.int64)
@@ -101,7 +104,7 @@ def main(
     for part in (made.unet, made.encoders, made.vae, *unets.values()):
         part.to(device()).eval().requires_grad_(False)
     (runs / "style").mkdir(parents=True, exist_ok=True)
-    cache = latents.cached(made.vae, runs / f"latents-{NAME}.pt", every=every, restyle=outline)
+    cache = latents.cached(made.vae, runs / f"latents-{NAME}.pt", 1, every, draw_batch)
     shop = Workshop(made, cache, runs / "style", batch)
     train(shop, unets, iterations)
     file = base / "loras" / f"{NAME}.safetensors"

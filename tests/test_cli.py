@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageStat
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
@@ -24,6 +24,28 @@ def test_generate_draws_a_prompt_into_a_file(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "apple.png") as picture:
         assert picture.size == (128, 128)
+
+
+def test_generate_draws_with_styles(tmp_path):
+    """Lines on paper have next to no colour; a red apple has."""
+    colour = {}
+    for name, styles in (("plain", ()), ("line", ("--lora", "line:0.9"))):
+        done = run("generate", "a red apple", "--seed", "7", *styles, "--output", str(tmp_path / f"{name}.png"))
+        assert done.returncode == 0, done.stderr
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            colour[name] = ImageStat.Stat(picture.convert("HSV")).mean[1]
+            assert picture.info["parameters"].endswith("Styles: line:0.9") == (name == "line")
+    assert colour["line"] < colour["plain"] / 3
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [("nowhere", "there is no style nowhere; there are line"), ("line:x", "must be a number"), ("line:3", "-2")],
+)
+def test_generate_says_what_is_wrong_with_a_style(tmp_path, lora, said):
+    refused = run("generate", "x", "--lora", lora, "--output", str(tmp_path / "x.png"))
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+    assert said in refused.stderr
 
 
 def test_generate_says_what_is_wrong(tmp_path):

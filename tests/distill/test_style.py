@@ -11,9 +11,9 @@ from distill import model, style
 
 
 def test_an_outline_is_ink_where_colours_change_and_paper_elsewhere():
-    picture = np.zeros((1, 64, 64, 3), dtype=np.uint8)
-    picture[:, :, 32:] = (255, 0, 0)
-    (drawn,) = style.outline(picture)
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[:, 32:] = (255, 0, 0)
+    drawn = style.outline(picture)
     assert (drawn[..., 0] == drawn[..., 1]).all()
     assert drawn[32, 31:33].max() <= 60
     assert drawn[:, :24].min() == drawn[:, 40:].min() == style.PAPER

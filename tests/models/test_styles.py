@@ -73,6 +73,12 @@ def registry(folder: Path) -> Registry:
     return Registry(WeightStore(FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)], styles=folder)
 
 
+@pytest.fixture(scope="module")
+def shipped() -> Registry:
+    folder = FAMILY.directory / "loras"
+    return Registry(WeightStore(FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)], styles=folder)
+
+
 def weights(folder: Path, variant: str, much: dict[str, float]) -> Weights:
     files = Styles(folder).find(much, FAMILY)
     return Weights(variant, tuple(Style(name, scale, files[name].id) for name, scale in sorted(much.items())))
@@ -97,6 +103,21 @@ def test_a_styled_picture_has_diffusers_latents_alone_and_in_a_batch(pipeline, r
     torch.testing.assert_close(
         draw(pipeline, registry, wanted, PROMPTS[:1], SEEDS[:1])[0], theirs[0], rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("variant", FAMILY.variants)
+def test_the_style_that_ships_draws_lines_on_paper_with_every_variant(pipeline, shipped, variant):
+    folder = FAMILY.directory / "loras"
+    assert (folder / "line.safetensors").stat().st_size <= 300 * 1024
+    styled, plain = weights(folder, variant, {"line": 1.0}), Weights(variant)
+    found = {}
+    for wanted in (styled, plain):
+        latents = draw(pipeline, shipped, wanted)
+        pictures = pipeline.decode(list(latents))[0].float()
+        colour = (pictures.amax(dim=3) - pictures.amin(dim=3)).mean()  # 0 in gray
+        found[wanted] = (colour, pictures[:, :8, :8].mean())  # and a corner
+    assert found[styled][0] < 12 < 60 < found[plain][0]
+    assert found[styled][1] > 235
 
 
 def test_prompts_are_cached_by_the_styles_of_their_text_encoders(pipeline, registry, folder):
