@@ -70,9 +70,19 @@ DRAINING = Cause(
     detail="the server is shutting down; ask another instance",
     retry_after=5,
 )
+CROWDED = Cause(
+    *(503, "too_many_connections", "refused", "Too many connections", AGAIN),
+    detail="the server has as many connections as it may have; use one for several requests",
+    retry_after=1,
+)
 SILENT = Cause(
     *(503, "not_ready", "refused", "Not ready", AGAIN),
     detail="the engine has not answered lately; ask again",
+    retry_after=5,
+)
+BODIES = Cause(
+    *(503, "too_many_bodies", "refused", "Too many large requests at once", AGAIN),
+    detail="the large requests that are being served take all the memory that is set aside for them",
     retry_after=5,
 )
 LOADING = Cause(
@@ -82,6 +92,10 @@ ENGINE_DIED = Cause(
     *(503, "engine_died", "failed", "The engine restarted", AGAIN),
     detail="the engine ended while it held this request",
     retry_after=5,
+)
+DEADLY = Cause(
+    *(500, "generation_failed", "failed", "No picture could be made", "ask for another picture"),
+    detail="two engines in a row ended while they drew this picture",
 )
 UNAVAILABLE = Cause(
     *(503, "unavailable", "failed", "The variant cannot be served now", "ask for another variant"),

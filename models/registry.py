@@ -59,10 +59,13 @@ class Registry:
         self._reader = WeightSets(store, dtype, self.unet.unet.state_dict(), styles)
         self._schedules: dict[tuple[str, int], Schedule] = {}
         for variant in store.family.variants.values():
-            self.schedule(variant.name, variant.steps)
+            for steps in variant.steps:
+                self.schedule(variant.name, steps)
         self.active: Weights | None = None
         self.switches = 0
-        self.seconds = 0.0  # that the last load took, without what is compiled once
+        self.load_seconds = 0.0  # that the last load without styles took
+        self.style_seconds = 0.0  # and the last with styles, without what is compiled once for all
+        self._switch_seconds: list[float | None] = [None for _ in tiers]  # that the last switch took, by where it was
         self.bind: Bind | None = None
         self._bound: OrderedDict[Weights, UNetFunction] = OrderedDict()
         self._styled: dict[Weights, UNetFunction] = {}  # the same of those with styles, which are compiled once for all
@@ -79,7 +82,7 @@ class Registry:
 
     def schedule(self, variant: str, steps: int) -> Schedule:
         """The table of a variant at a step count, on the device; made once. Raises ValueError for steps that the
-        variant was not made for."""
+        variant does not declare."""
         if (variant, steps) not in self._schedules:
             made = make_schedule(self.store.family.variants[variant], steps)
             self._schedules[variant, steps] = made.to(self.device.name)
@@ -97,7 +100,11 @@ class Registry:
             with self._one_load, self.device.loading():
                 start = time.monotonic()
                 left = self._hold(weights, self._read(weights), 0, keep)
-                self.seconds = time.monotonic() - start
+                seconds = time.monotonic() - start
+                if weights.is_styled:
+                    self.style_seconds = seconds
+                else:
+                    self.load_seconds = seconds
                 if self.bind is not None and weights.is_styled:
                     function = self.bind(self.weight_set(weights), True)  # here: the first of all is compiled
                     with self._lock:
@@ -131,6 +138,13 @@ class Registry:
         with self._lock:
             return any(weights in tier for tier in self._sets)
 
+    def held(self) -> dict[Weights, float]:
+        """Each resident weight set, and the seconds until use() would have it in use: as measured, or until then no
+        better than a load."""
+        with self._lock:
+            known = [self.load_seconds if seconds is None else seconds for seconds in self._switch_seconds]
+            return {weights: seconds for tier, seconds in zip(self._sets, known, strict=True) for weights in tier}
+
     def weight_set(self, weights: Weights) -> WeightSet:
         """Resident tensors, not to be changed. Raises KeyError if they are not resident."""
         with self._lock:
@@ -147,11 +161,14 @@ class Registry:
         with self._lock:
             weight_set = self._touch(weights).unet
             if self.active != weights:
+                start = time.monotonic()
                 self.switches += 1
                 self.active = weights
                 if self.bind is None:
                     self.unet.take(weight_set)
                     self.device.wait()  # or the set might be evicted, and its memory used anew, before it is read
+                tier = next(index for index, held in enumerate(self._sets) if weights in held)
+                self._switch_seconds[tier] = time.monotonic() - start
             if self.bind is None:
                 return self.unet
             return self._function(weights, weight_set)

@@ -81,14 +81,17 @@ class WeightSets:
     def _variant(self, name: str, place: str) -> WeightSet:
         variant = self.store.family.variants[name]
         path = self.store.variant_file(variant.name)
-        if variant.kind == "unet":
+        if not variant.file:
+            state = self.store.read("unet", place, self.dtype)
+            weights.check_fit(self._expected, state, path.name)
+        elif variant.kind == "unet":
             state = weights.read(path, place, self.dtype)
             weights.check_fit(self._expected, state, variant.file)
-            return state
-        state = weights.read(self.store.component_file("unet"), place)  # as it is: rounded once, behind the sum
-        weights.check_fit(self._expected, state, "unet")
-        found = self._changes(path, place, {lora.UNET: self._expected})
-        lora.add(state, [(1.0, found[lora.UNET])], self.dtype, variant.file)
+        else:
+            state = self.store.read("unet", place)  # as it is: rounded once, behind the sum
+            weights.check_fit(self._expected, state, "unet")
+            found = self._changes(path, place, {lora.UNET: self._expected})
+            lora.add(state, [(1.0, found[lora.UNET])], self.dtype, variant.file)
         return state
 
     def _style(self, style: Style, place: str) -> lora.Changes:

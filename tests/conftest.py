@@ -9,15 +9,20 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import pytest
 
+if TYPE_CHECKING:
+    from playwright.async_api import Page
+
 ROOT = Path(__file__).parent.parent
+TOOLS = Path(os.environ.get("TOOLS", ROOT / ".venv" / "tools"))  # of make .venv/tooled
 EMBEDDED = ROOT / "models" / "embedded"
 APPLE = {"prompt": "a red apple on a blue background", "steps": 4, "seed": 7}
 START_S = 120  # to wait for a server: a shared machine of 2 cores
@@ -29,7 +34,7 @@ class ServerProcess:
 
     first: Python to run in that process before the server, where a limit takes too long to wait for."""
 
-    def __init__(self, log: Path, first: str = "", **settings: str) -> None:
+    def __init__(self, log: Path, first: str = "", cwd: Path = ROOT, **settings: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -45,12 +50,13 @@ class ServerProcess:
             "PORT": str(self.port),
             "ALLOWED_HOSTS": "x",
         }
+        path = os.pathsep.join(filter(None, (settings.pop("PYTHONPATH", ""), str(ROOT))))
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"{first}\nfrom app.cli import main; main()", "serve"],
-                env={**os.environ, **defaults, **settings},
+                [sys.executable, "-P", "-c", f"{first}\nfrom app.cli import main; main()", "serve"],
+                env={**os.environ, **defaults, **settings, "PYTHONPATH": path},
                 stderr=stderr,
-                cwd=ROOT,
+                cwd=cwd,
                 start_new_session=True,
             )
 
@@ -78,15 +84,17 @@ class ServerProcess:
 
     @contextmanager
     def stopped_engine(self) -> Iterator[psutil.Process]:
-        """Keep the engine from working, so that what arrives meanwhile is in it together, however slow the machine.
-        Not for longer than the server waits for an engine that hangs: 20 s."""
-        engine = self.engine()
-        engine.suspend()
+        """Keep every engine from working, so that what arrives meanwhile is in them together, however slow the machine.
+        Not for longer than the server waits for an engine that hangs: 20 s. Yields the first."""
+        engines = self.engines()
+        for engine in engines:
+            engine.suspend()
         try:
-            yield engine
+            yield engines[0]
         finally:
-            with suppress(psutil.NoSuchProcess):
-                engine.resume()
+            for engine in engines:
+                with suppress(psutil.NoSuchProcess):
+                    engine.resume()
 
     def in_engine(self) -> float:
         """Pictures that the engine has and that somebody waits for."""
@@ -95,13 +103,14 @@ class ServerProcess:
 
     def engine(self) -> psutil.Process:
         """The engine process."""
-        return self._engines()[0]
+        return self.engines()[0]
 
     def has_engine(self) -> bool:
         """Whether there is one, at whatever stage."""
-        return bool(self._engines())
+        return bool(self.engines())
 
-    def _engines(self) -> list[psutil.Process]:
+    def engines(self) -> list[psutil.Process]:
+        """All of them, in the order they were started."""
         found = []
         for child in psutil.Process(self.process.pid).children():
             with suppress(psutil.NoSuchProcess):  # it may end while we look
@@ -115,9 +124,13 @@ class ServerProcess:
         samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in samples}
 
-    def log_lines(self) -> list[dict]:
+    def log_lines(self) -> list[dict[str, Any]]:
         """The server's log, line by line; what libraries print is left out."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def wait_for_batches(self) -> None:
+        """On a CPU calls of several rows come beside the service."""
+        assert eventually(lambda: 'sdxl_step_cost_seconds{batch="4",device="0"}' in self.metrics(), 120)
 
     def stop(self) -> int:
         """Ask it to leave, and return its exit code."""
@@ -143,7 +156,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers of the test's own, and stops them."""
     started: list[ServerProcess] = []
 
-    def start(**settings: str) -> ServerProcess:
+    def start(**settings: Any) -> ServerProcess:
         started.append(ServerProcess(tmp_path / f"log-{len(started)}", **settings))
         return started[-1]
 
@@ -163,8 +176,26 @@ def needed(what: str, package: str) -> str:
     found = shutil.which(what) or (what if Path(what).exists() else None)
     if found is None:
         reason = f"{what} is not installed (Debian: apt-get install {package})"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
     return found
+
+
+@asynccontextmanager
+async def browser_page(**options: Any) -> AsyncIterator["Page"]:
+    """A page in a browser of its own. options: of Playwright's new_context()."""
+    from playwright.async_api import async_playwright  # half a second, which few tests need
+
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=needed("chromium", "chromium"),
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
+        )
+        page = await (await browser.new_context(**options)).new_page()
+        page.set_default_timeout(120_000)  # milliseconds: a browser needs both cores of a shared machine
+        yield page
+        await browser.close()
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:

@@ -1,26 +1,19 @@
 """What the APIs that others defined have in common: they are tolerant, where ours is strict."""
 
-from binascii import b2a_base64
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
-from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
 
 from app import errors
 from app.api.deps import Parts
+from app.api.schemas import refusal
 from app.errors import Problem
 from app.http.limits import DrawingRoute
 from app.order import SEED_LIMIT, is_blank
 from app.settings import ANY_STEPS
-from models.catalog import CATALOG
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI has it; what is not read is cut
 MOST_PICTURES = 10  # of one request, as OpenAI has it
-INLINE_BYTES = 256 << 10  # as base64: 0.2 ms
 
 
 class CompatRoute(DrawingRoute):
@@ -50,34 +43,14 @@ Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_visibl
 Seed = Annotated[int, Field(lt=SEED_LIMIT)]
 
 
-def refusal(field: str, text: str) -> PydanticCustomError:
-    """What a model's validator raises: the sentence, and the field that it is about."""
-    return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
-
-
 def variant_of(model: str | None, parts: Parts) -> str | None:
     """The variant that a model's name means, None where it follows from the steps. Raises Problem where there is no
     such model."""
     name = parts.settings.aliases.get(model or ANY_STEPS, model or ANY_STEPS)
     if name == ANY_STEPS:
         return None
-    known = CATALOG[parts.fleet.require_ready().family].variants
+    known = parts.family.variants
     if name not in known:
         detail = f"there is no model of this name; there are {', '.join((ANY_STEPS, *known))}"
         raise Problem(errors.UNKNOWN_MODEL, detail, "model")
     return name
-
-
-async def as_base64(files: Sequence[bytes], prefix: str = "") -> list[msgspec.Raw]:
-    """Each file as a JSON string. Off the event loop where they are large."""
-
-    def encode() -> list[msgspec.Raw]:
-        start = f'"{prefix}'.encode()
-        return [msgspec.Raw(b'%b%b"' % (start, b2a_base64(file, newline=False))) for file in files]
-
-    return encode() if sum(map(len, files)) < INLINE_BYTES else await run_in_threadpool(encode)
-
-
-def as_json(content: Any) -> Response:
-    """An answer that is encoded once; it may hold what as_base64() gives."""
-    return Response(msgspec.json.encode(content), media_type="application/json")

@@ -6,7 +6,6 @@ from starlette.concurrency import run_in_threadpool
 from app.api.deps import PartsDep
 from app.api.problems import declare
 from app.api.schemas import LoraCard, LoraList
-from models.catalog import CATALOG
 
 router = APIRouter()
 
@@ -14,6 +13,5 @@ router = APIRouter()
 @router.get("/v1/loras", responses=declare(503))
 async def list_loras(parts: PartsDep) -> LoraList:
     """Every style in LORA_DIR. Whether its file can be used is seen when it is first asked for."""
-    family = CATALOG[parts.fleet.require_ready().family]
-    found = await run_in_threadpool(parts.styles.all, family)
+    found = await run_in_threadpool(parts.styles.all, parts.family)
     return LoraList(data=[LoraCard(id=each.name, created=int(each.modified), size=each.size) for each in found])

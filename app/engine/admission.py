@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from app.engine.costs import Costs
 from app.engine.jobs import Row
+from app.engine.placement import EngineLoad
 
 KEPT = 0.9  # of its time is what an admitted request may wait: batches are never quite what the table says
 FRESH = 0.3  # of its time, and of the queue, while promises are open: the rest is for those who come back
@@ -52,26 +52,33 @@ class Caller:
 
 class Admission:
     """Admission by price. Who is refused gets a time to come back at, later for each by the work they will bring, and
-    is judged by what was kept for them when the same fingerprint comes again. Equal requests share windows."""
+    is judged by what was kept for them when the same fingerprint comes again. Equal requests share windows.
+    limit: pictures that are accepted and not finished, per engine."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit  # pictures accepted and not finished
+        self.limit = limit
         self._callers: dict[str, Caller] = {}
         self._windows: deque[tuple[str, Window]] = deque()  # all of them, by their start
         self._promised_until = 0.0
         self._come_back = 1.0  # share of promises that are used: a flood that never returns books little
 
-    def ask(self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str) -> Refusal | None:
-        """None if the rows of one request may enter. who: the request's fingerprint, the same when it comes back."""
+    def ask(self, new: Sequence[Sequence[Row]], engines: Sequence[EngineLoad], now: float, who: str) -> Refusal | None:
+        """None if the rows of one request may enter. new: those for each of the engines, as they were placed. who: the
+        request's fingerprint, the same when it comes back."""
         self._close_windows(now)
+        parts = [(rows, engine.rows, engine.costs) for rows, engine in zip(new, engines, strict=True) if rows]
         share = KEPT if self._is_kept(who, now) or not self._windows else FRESH
-        full = len(pending) + len(new) > (self.limit if share == KEPT else max(len(new), FRESH * self.limit))
-        if not full and costs.overrun(new, pending, now, share) <= 0:
+        count, limit = sum(map(len, new)), self.limit * len(engines)
+        queued = sum(len(engine.rows) for engine in engines)
+        full = queued + count > (limit if share == KEPT else max(count, FRESH * limit))
+        if not full and max(costs.overrun(rows, queue, now, share) for rows, queue, costs in parts) <= 0:
             return None
-        reason = f"the queue of {self.limit} pictures is full" if full else "the queue is too long to meet the deadline"
-        earliest = now + max(1.0, costs.overrun(new, pending, now, FRESH))
-        work = costs.work([*pending, *new]) - costs.work(pending)
-        at_once = min((KEPT - FRESH) * (new[0].deadline - now), (1 - FRESH) * self.limit * work / len(new)) + WINDOW
+        reason = f"the queue of {limit} pictures is full" if full else "the queue is too long to meet the deadline"
+        earliest = now + max(1.0, *(costs.overrun(rows, queue, now, FRESH) for rows, queue, costs in parts))
+        added = sum(costs.work([*queue, *rows]) - costs.work(queue) for rows, queue, costs in parts)
+        work = added / len(engines)  # they work side by side
+        time_left = parts[0][0][0].deadline - now
+        at_once = min((KEPT - FRESH) * time_left, (1 - FRESH) * limit * work / count) + WINDOW
         return Refusal(reason, math.ceil(self._promise(who, work, at_once, now, earliest) - now))
 
     def _is_kept(self, who: str, now: float) -> bool:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from app.engine.messages import FromEngine, Loaded
+from app.engine.messages import FromEngine, Held, Loaded, VariantReport
 from app.errors import UNAVAILABLE
 from app.logs import say
 from models.catalog import Weights
@@ -43,6 +43,14 @@ class Loading:
                     self._thread.start()
                 return
 
+    def variants(self) -> list[VariantReport]:
+        """Each variant and where its weights are."""
+        return [VariantReport(row.name, row.state, row.resident_bytes, row.reason) for row in self.registry.status()]
+
+    def held(self) -> list[Held]:
+        """The weight sets that are there."""
+        return [Held(weights, seconds) for weights, seconds in self.registry.held().items()]
+
     def join(self) -> None:
         """Wait for the load that has begun."""
         if (thread := self._thread) is not None:
@@ -57,7 +65,8 @@ class Loading:
             say("weights cannot be loaded", level="error", weights=str(weights), reason=str(error)[:300])
             self._post(lambda: self._fail(weights, *failure))
         else:
-            self._send(Loaded(weights, self.registry.seconds, left))
+            seconds = self.registry.style_seconds if weights.is_styled else self.registry.load_seconds
+            self._send(Loaded(weights, seconds, left))
             self._post(self._end)
 
     def _fail(self, weights: Weights, cause: str, reason: str) -> None:

@@ -9,16 +9,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from app.engine import wire
 from app.engine.costs import Costs
+from app.engine.flight import Flight
+from app.engine.jobs import Row
 from app.engine.messages import (
     EngineConfig,
     Fatal,
     FromEngine,
+    Held,
     Loaded,
     Measured,
     Ping,
@@ -28,7 +31,9 @@ from app.engine.messages import (
     ToEngine,
     Worked,
 )
+from app.engine.placement import EngineLoad
 from app.logs import STDERR
+from models.catalog import Weights
 
 log = logging.getLogger("app.engine")
 
@@ -40,6 +45,8 @@ SETTLED_S = 60.0  # an engine that lived this long starts again at once
 STILLBORN = 3  # deaths in a row of an engine that never served: it never will
 MOST_DEATHS, DEATHS_S = 5, 60.0  # so many deaths within so many seconds end the server, too
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+SAFE = {"PYTHONSAFEPATH": "1"}  # nothing is imported from the working directory, by the engine and what it starts
+SPARE = 8  # descriptors kept back: whatever took all others, an engine can be started
 LEARN = 0.02  # of a call's drift from its measured cost is learned at once
 
 # glibc gives large blocks back to the kernel at once, and takes them again for the next layer: a fifth of a decode.
@@ -54,17 +61,49 @@ def allocator() -> dict[str, str]:
     return {"GLIBC_TUNABLES": KEEP_MEMORY}
 
 
-class EngineProcess:
-    """ready, report, costs: what the engine said last; ready is None while it does not serve. fatal: why it is not
-    started any more. hear: takes its other messages. died: is called at each death."""
+class Spare:
+    """Descriptors that nobody else can take."""
 
-    def __init__(self, config: EngineConfig, hear: Callable[[FromEngine], None], died: Callable[[], None]) -> None:
+    def __init__(self) -> None:
+        self._held: list[int] = []
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """They are free for what is opened meanwhile; then as many as can be had are taken again."""
+        while self._held:
+            os.close(self._held.pop())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                while len(self._held) < SPARE:
+                    self._held.append(os.open(os.devnull, os.O_RDONLY))
+
+
+def visible(config: EngineConfig) -> dict[str, str]:
+    """Environment of an engine that sees one GPU, by the number that nvidia-smi shows or by its UUID."""
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": config.gpu} if config.gpu is not None else {}
+
+
+class EngineProcess:
+    """name: among several. ready, report, costs: what the engine said last; ready is None while it does not serve.
+    fatal: why it is not started any more. hear: takes its messages. died: is called at each death, with the ids of the
+    pictures that it was working on."""
+
+    def __init__(
+        self, config: EngineConfig, hear: Callable[[FromEngine], None], died: Callable[[set[int]], None]
+    ) -> None:
         self.config, self._hear, self._died = config, hear, died
+        self.name = config.name or "0"
         self.ready: Ready | None = None
         self.report: Report | None = None
         self.costs: Costs | None = None
         self.fatal: str | None = None
+        self._spare = Spare()
         self._drift = 1.0
+        self._in_use: Weights | None = None
+        self._style = 0.0  # seconds to make a weight set with styles, the least so far
+        self._flight = Flight()
         self._last_answer = 0.0
         self._unanswered = 0
         self._has_served = False
@@ -93,10 +132,16 @@ class EngineProcess:
         """Whether the engine serves, and answered a moment ago."""
         return self.ready is not None and time.monotonic() - self._last_answer < FRESH_S + PING_S
 
-    @property
-    def prices(self) -> Costs | None:
-        """What the engine measured at its start, as it drifted since: the machine may be busier now."""
-        return self.costs.scaled(self._drift) if self.costs is not None else None
+    def load(self, rows: Sequence[Row]) -> EngineLoad:
+        """These rows at what they take here: as the engine measured at its start, and as that drifted since, for the
+        machine may be busier now. For one that has been ready."""
+        assert self.costs is not None
+        assert self.report is not None
+        switch = {each.weights: each.seconds for each in self.report.held}
+        if self._in_use in switch:
+            switch[self._in_use] = 0.0
+        costs = msgspec.structs.replace(self.costs.scaled(self._drift), style=self._style, held=frozenset(switch))
+        return EngineLoad(rows, costs, switch, self.report.load)
 
     async def _supervise(self) -> None:
         in_row, deaths = 0, list[float]()
@@ -117,11 +162,19 @@ class EngineProcess:
             if self._process is not None:  # else nothing could be started, for now: the machine's fault
                 deaths = [*(death for death in deaths if now - death < DEATHS_S), now]
             if len(deaths) >= (MOST_DEATHS if self._has_served else STILLBORN):
-                self.fatal = f"the engine died {len(deaths)} times within {now - deaths[0]:.0f} s, {self._end}"
+                self._give_up(f"the engine died {len(deaths)} times within {now - deaths[0]:.0f} s, {self._end}")
                 return
             pause = BACK_OFF_S[min(in_row - 1, len(BACK_OFF_S) - 1)]
-            log.error("the engine died, %s; starting it again in %.0f s", self._end, pause)
+            log.error("the engine died, %s; starting it again in %.0f s", self._end, pause, extra=self._whose)
             await asyncio.sleep(pause)
+
+    def _give_up(self, reason: str) -> None:
+        self.fatal = reason
+        self._hear(Fatal(reason))
+
+    @property
+    def _whose(self) -> dict[str, dict[str, str]]:
+        return {"fields": {} if self.config.name is None else {"device": self.config.name}}
 
     @property
     def _end(self) -> str:
@@ -133,16 +186,18 @@ class EngineProcess:
     async def _live(self) -> None:
         """One life of the engine, from its start to the end of its pipe."""
         self._process, self._unanswered = None, 0
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno())),
-                msgspec.json.encode(self.config).decode(),
-                pass_fds=[theirs.fileno()],
-                env={**QUIET, **allocator(), **os.environ},
-                start_new_session=True,  # a Ctrl-C in the terminal is for us to act on
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._flight.write([])
+        with self._spare.lent():
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno()), str(self._flight.descriptor)),
+                    msgspec.json.encode(self.config).decode(),
+                    pass_fds=[theirs.fileno(), self._flight.descriptor],
+                    env={**QUIET, **allocator(), **os.environ, **visible(self.config), **SAFE},
+                    start_new_session=True,  # a Ctrl-C in the terminal is for us to act on
+                )
+            reader, self._writer = await asyncio.open_connection(sock=ours)
         pinging = asyncio.create_task(self._ping())
         try:
             while True:
@@ -156,7 +211,7 @@ class EngineProcess:
             self.send(Ping())
             self._unanswered += 1  # counted, not timed: where the whole machine paused, nobody hung
             if self._unanswered * PING_S > HUNG_S and self._process is not None:
-                log.error("the engine has not answered for %.0f s; killing it", HUNG_S)
+                log.error("the engine has not answered for %.0f s; killing it", HUNG_S, extra=self._whose)
                 self._process.kill()
 
     async def _bury(self) -> None:
@@ -165,10 +220,11 @@ class EngineProcess:
         if self.report is not None:  # what it held has gone with it
             gone = [msgspec.structs.replace(row, state="on disk", resident_bytes=0) for row in self.report.variants]
             self.report = Report(gone, None, 0, False)
+            self._in_use = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._died()
+        self._died(self._flight.read())
         if self._process is not None:
             try:
                 async with asyncio.timeout(2):
@@ -185,23 +241,34 @@ class EngineProcess:
                 self.ready, self.costs, self.report = message, message.costs, message.report
                 self._has_served = True
                 self._drift, self._last_answer, self._unanswered = 1.0, time.monotonic(), 0
-                log.info("ready: %s on %s in %s", message.family, message.device, message.dtype)
+                what = (message.family, message.device, message.dtype)
+                log.info("ready: %s on %s in %s", *what, extra=self._whose)
+                self._hear(message)
             case Measured(costs):
-                style = self.costs.style if self.costs is not None else 0.0
-                self.costs, self._drift = msgspec.structs.replace(costs, style=style), 1.0
+                self.costs, self._drift = costs, 1.0
             case Report():
                 self.report, self._last_answer, self._unanswered = message, time.monotonic(), 0
                 STDERR.count_dropped(message.log_lines_dropped)
+            case Loaded():
+                self._note_load(message)
+                self._hear(message)
             case Fatal(reason):
                 if self._has_served:
-                    log.error("the engine cannot start: %s", reason)
+                    log.error("the engine cannot start: %s", reason, extra=self._whose)
                 else:
-                    self.fatal = f"the engine cannot start: {reason}"
+                    self._give_up(f"the engine cannot start: {reason}")
             case _:
                 if isinstance(message, Worked) and message.stage == "denoise" and self.costs is not None:
                     times = message.seconds / self.costs.step_seconds(message.rows, message.pixels)
                     self._drift = min(10.0, max(0.5, (1 - LEARN) * self._drift + LEARN * times))
-                elif isinstance(message, Loaded) and message.weights.is_styled and self.costs is not None:
-                    least = min(message.seconds, self.costs.style or math.inf)
-                    self.costs = msgspec.structs.replace(self.costs, style=least)
+                    self._in_use = message.weights
                 self._hear(message)
+
+    def _note_load(self, loaded: Loaded) -> None:
+        """What the engine holds from now on: the next report says the same, up to a second later."""
+        if loaded.weights.is_styled:
+            self._style = min(loaded.seconds, self._style or math.inf)
+        if self.report is not None:
+            gone = {loaded.weights, *loaded.left}
+            held = [*(each for each in self.report.held if each.weights not in gone), Held(loaded.weights, 0.0)]
+            self.report = msgspec.structs.replace(self.report, held=held)

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from app import errors
 from app.errors import MEDIA_TYPE, Problem, document
+from app.http.connections import Connections
 
 RECEIVE_S = 10.0  # for a request to arrive, from its first byte (or the connection's start) to its last
 HEAD_LIMIT = 32 << 10  # bytes of a request that are not its body: line, headers, framing of chunks, trailers
@@ -36,6 +37,7 @@ class GentleTransport:
 class Protocol(HttpToolsProtocol):
     """One connection. What is wrong before a request is whole is answered here, as a problem, and ends it."""
 
+    _has_room = True
     _deadline: asyncio.TimerHandle | None = None
     _working: RequestResponseCycle | None = None
     _fault: Problem | None = None
@@ -43,14 +45,20 @@ class Protocol(HttpToolsProtocol):
     _head = 0
     _unread = 0
 
+    def __init__(self, connections: Connections, **of_uvicorn: Any) -> None:
+        super().__init__(**of_uvicorn)
+        self._connections = connections
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
+        self._has_room = self._connections.opened(transport)
         self._deadline = self.loop.call_later(RECEIVE_S, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left. uvicorn tells the last request it read; the one in work may be an earlier one."""
         self._arrived()
+        self._connections.closed(self.transport)
         if self._working is not None and not self._working.response_complete:
             self._working.disconnected = True
             self._working.message_event.set()
@@ -58,6 +66,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
+        self._connections.busy(self.transport)
         if self._deadline is None:
             self._deadline = self.loop.call_later(RECEIVE_S, self._too_slow)
         self._head += len(data)  # on_body takes the body's off again
@@ -100,12 +109,33 @@ class Protocol(HttpToolsProtocol):
         self._head = self._unread = 0
         super().on_message_complete()
         if self._is_ending:
-            self.transport.close()
+            self._close()
+
+    def on_response_complete(self) -> None:
+        """The answer is written, as far as the client reads."""
+        super().on_response_complete()
+        if self._deadline is None and self.timeout_keep_alive_task is not None:
+            self._connections.idle(self.transport)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as we write."""
+        super().pause_writing()
+        self._connections.unread(self.transport)
+
+    def resume_writing(self) -> None:
+        """It has read nearly all."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._connections.read(self.transport)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """No request came for a long time."""
+        self._close()
 
     def close_gently(self) -> None:
         """End the connection: at once, or when the client has sent the rest of its request; it may read only then."""
         if self._deadline is None:
-            self.transport.close()
+            self._close()
             return
         self._is_ending = True
         if self.transport.can_write_eof():
@@ -144,6 +174,8 @@ class Protocol(HttpToolsProtocol):
 
     def _fault_of_head(self) -> Problem | None:
         """What is wrong with a head. A header costs four bytes besides its name and value."""
+        if not self._has_room:
+            return Problem(errors.CROWDED)
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_LIMIT:
             return _too_large()
         version = self.parser.get_http_version()
@@ -179,8 +211,15 @@ class Protocol(HttpToolsProtocol):
         if self._head > 0 and not is_answered and not is_behind:
             status, body = HTTPStatus(problem.cause.status), json.dumps(document(problem)).encode()
             head = f"HTTP/1.1 {status} {status.phrase}\r\nconnection: close\r\ncontent-type: {MEDIA_TYPE}\r\n"
-            self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            again = f"retry-after: {problem.retry_after}\r\n" if problem.retry_after else ""
+            self.transport.write(f"{head}{again}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self._close()
+
+    def _close(self) -> None:
+        """End the connection, when what was written has been read."""
         self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._connections.unread(self.transport)
 
 
 def _too_large() -> Problem:

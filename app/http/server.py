@@ -16,12 +16,14 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app.engine.fleet import Fleet
+from app.http.connections import Connections
 from app.http.protocol import Protocol
 from app.settings import Settings
 
 log = logging.getLogger("app.server")
 
 LOOPBACK = "127.0.0.1"
+TICK_S = 0.1  # uvicorn's
 SECOND_S = 0.5  # make and a terminal both signal the group: two signals within this time are one
 KEEP_ALIVE_S = 75  # above the 60 s that load balancers keep a connection, so that they close first
 
@@ -30,9 +32,11 @@ class Server(uvicorn.Server):
     """A uvicorn server that keeps its port open while it drains."""
 
     def __init__(self, app: FastAPI, settings: Settings, fleet: Fleet, admin: ASGIApp) -> None:
+        self._connections = Connections(settings.max_connections, settings.send_timeout_s)
+        self._speak = partial(Protocol, self._connections)
         config = partial(
             uvicorn.Config,
-            http=Protocol,
+            http=self._speak,  # type: ignore[arg-type]
             ws="none",
             log_config=None,
             access_log=False,
@@ -46,13 +50,15 @@ class Server(uvicorn.Server):
         self._fleet = fleet
         self._drain_s = settings.drain_s
         self._draining_since: float | None = None
+        self._ticked = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, on ADMIN_PORT, too."""
         await super().startup(sockets)
         if self._admin_socket is not None and not self.should_exit:
             self._admin.load()
-            speak = partial(Protocol, self._admin, self.server_state, self.lifespan.state)
+            state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+            speak = partial(self._speak, config=self._admin, **state)
             self.servers.append(await asyncio.get_running_loop().create_server(speak, sock=self._admin_socket))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -66,7 +72,12 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Called by uvicorn ten times a second."""
+        """Called by uvicorn every TICK_S."""
+        now = time.monotonic()
+        if counter:
+            self._fleet.metrics.loop_lag.observe(max(0.0, now - self._ticked - TICK_S))
+        self._ticked = now
+        self._connections.cut_the_slow()
         if self._fleet.fatal is not None:
             log.error(self._fleet.fatal)
             self.should_exit = True

@@ -20,7 +20,6 @@ from models.device import Device
 from models.modules import UNetFunction, WeightSet
 from models.pipeline import Pipeline
 from models.registry import Registry
-from models.weights import read
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +50,9 @@ class Cpu(Device):
             return {}
         side = store.family.size.default // pipeline.vae_scale
         length = text[0]["max_position_embeddings"]
-        weights = [read(store.component_file(part)) for part in ("vae", "text_encoder", "text_encoder_2")]
+        weights = [store.read(part) for part in ("vae", "text_encoder", "text_encoder_2")]
         decode = make(partial(networks.decoder, weights[0], vae, dtype, side), gains=False)
+        look = make(partial(networks.encoder, weights[0], vae, dtype, store.family.size.default), gains=False)
         first = make(lambda batch: networks.text_encoder(weights[1], text[0], dtype, batch, pooled=False))
         second = make(lambda batch: networks.text_encoder(weights[2], text[1], dtype, batch, pooled=True))
         end_id = text[1]["eos_token_id"]
@@ -66,6 +66,10 @@ class Cpu(Device):
         def picture(latents: Tensor) -> tuple[Tensor, Tensor]:
             pixels, valid = decode(latents)
             return pixels, valid != 0
+
+        def moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
+            mean, std = look(pictures)
+            return mean, std
 
         def network(weights: Mapping[str, Tensor | torch.Size], chunks: int) -> Callable[[int], Node]:
             return partial(networks.unet, weights, unet, dtype, side, chunks * length)
@@ -83,7 +87,7 @@ class Cpu(Device):
             bound = Bound(weight_set)
             return _unet(lambda chunks: partial(shared(chunks), bound=bound), length, unet)
 
-        pipeline.text, pipeline.decoder = encode, picture
+        pipeline.text, pipeline.encoder, pipeline.decoder = encode, moments, picture
         registry.use_compiled(bind)
         self.first_call_is_typical = False  # it compiles
         self.layout = torch.contiguous_format  # as Bound reads them

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.device import Device, NoDevice, Tier
+from models.gpu.cache import private
 from models.gpu.graphs import release_cached_memory
 from models.gpu.prepare import STEPS_PRIORITY, prepare
 from models.gpu.static import StaticUNet
@@ -39,7 +40,8 @@ class Gpu(Device):
                 "DEVICE=cuda, but torch finds no CUDA device here: leave DEVICE out, or install CUDA's torch"
             )
         if cache is not None:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+            wanted = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache / "inductor"
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private(Path(wanted)))
         self._steps, self._decodes = torch.cuda.Stream(priority=STEPS_PRIORITY), torch.cuda.Stream(priority=0)
         self._loads = torch.cuda.Stream()
         self.join_steps()

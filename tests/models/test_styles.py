@@ -87,7 +87,7 @@ def weights(folder: Path, variant: str, much: dict[str, float]) -> Weights:
 def draw(pipeline: Pipeline, registry: Registry, wanted: Weights, prompts=PROMPTS, seeds=SEEDS) -> Tensor:
     """Latents after the last step."""
     registry.load(wanted)
-    schedule = registry.schedule(wanted.variant, FAMILY.variants[wanted.variant].steps)
+    schedule = registry.schedule(wanted.variant, FAMILY.variants[wanted.variant].steps[0])
     through = pipeline.prompts_for(wanted, registry.text_factors(wanted))
     return pipeline.sample(registry.use(wanted), schedule, prompts, seeds, 128, 128, through=through)
 
