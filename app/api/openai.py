@@ -26,13 +26,13 @@ from app.api.compat import (
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import as_base64, as_json, draw, make_file, preview_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
-from app.api.schemas import OutputFormat, refusal
+from app.api.schemas import Lora, OutputFormat, refusal
 from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Waiting
 from app.errors import Problem
 from app.images import MEDIA_TYPES
-from app.order import Order
+from app.order import MOST_STYLES, Order
 from models.catalog import Variant
 
 router = APIRouter(prefix="/v1/images", route_class=CompatRoute)
@@ -43,7 +43,6 @@ NAMES = {"variant": "model", "steps": "num_inference_steps", "width": "size", "h
 IMPOSSIBLE = {
     "mask": "belongs to /v1/images/edits",
     "svg": "cannot be made: pictures are made of pixels",
-    "loras": "are not served here",
 }
 
 
@@ -66,6 +65,7 @@ class ImagesRequest(Tolerant):
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
     negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
+    loras: list[Lora] = Field([], max_length=MOST_STYLES)
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +85,7 @@ class ImagesRequest(Tolerant):
             owner=owner,
             prompt=self.prompt,
             variant=variant,
+            styles=tuple((each.name, each.scale) for each in self.loras),
             negative_prompt=self.negative_prompt or None,
             guidance=self.guidance_scale,
             steps=steps,
