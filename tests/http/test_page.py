@@ -60,7 +60,9 @@ async def test_what_is_typed_is_drawn_in_all_step_counts_and_a_reload_restores_i
 
 
 async def test_a_link_reproduces_the_picture_byte_for_byte(server):
-    link = '#{"prompt":"a red apple on a blue background","steps":"4","seed":"7","count":"1","style":"line","scale":"0.8"}'
+    link = (
+        '#{"prompt":"a red apple on a blue background","steps":"4","seed":"7","count":"1","style":"line","scale":"0.8"}'
+    )
     async with opened(f"{server.url}/{link}", **READABLE) as page:
         image = page.locator(DRAWN)
         await image.wait_for()
