@@ -30,7 +30,7 @@ NAME = "line"
 RANKS = {2: 2, 4: 3}  # by a weight's dimensions: a file of 300 KB at the most, and the look is the convolutions' work
 ALPHA = 2.0
 RATE = 3e-3
-ITERATIONS = 4500
+ITERATIONS = 1500
 PAPER, INK = 250, 20  # gray values
 EDGE = 4.0  # times the steepest slope of a colour, which is then all ink
 ORDER = (4, 8, 4, 2, 4, 1)  # step files in turn: most pictures are drawn in 4 steps
@@ -83,7 +83,7 @@ def train(shop: Workshop, unets: dict[int, UNet2DConditionModel], iterations: in
         steps = ORDER[step % len(ORDER)]
         loss = loss_of(shop, unets[steps], steps, step)
         optimizer.zero_grad()
-        loss.log().backward()  # every step file counts the same, though the fewer its moves, the more each misses
+        loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, iterations, RATE, warmup=20)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
