@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve serve-ray test test-clients test-ray check format bench supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
+.PHONY: serve serve-ray test test-clients test-ray check format bench supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill style evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
@@ -80,6 +80,9 @@ teacher: .venv/developed system-packages
 
 distill: .venv/developed system-packages
 	$(BIN)/python -m distill.distill
+
+style: .venv/developed system-packages
+	$(BIN)/python -m distill.style
 
 evaluate: .venv/developed system-packages
 	$(BIN)/python -m distill.evaluate

@@ -48,6 +48,7 @@ class Generate(EngineSettings):
     negative_prompt: str | None = Field(None, max_length=PROMPT_LIMIT, description="what to move away from")
     width: int | None = Field(None, description="pixels; the model's own size if absent")
     height: int | None = Field(None, description="pixels; the model's own size if absent")
+    lora: list[str] = Field(default_factory=list, description="NAME or NAME:SCALE, a style on top; may be repeated")
     image: Path | None = Field(None, description="a PNG, JPEG or WebP file to draw over")
     mask: Path | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
     strength: float | None = Field(None, gt=0, le=1, description="how much is redrawn; 0.75 if absent, with a mask 1")
@@ -75,6 +76,7 @@ class Generate(EngineSettings):
             owner="",
             prompt=self.prompt,
             variant=self.variant,
+            styles=tuple(map(_style, self.lora)),
             negative_prompt=self.negative_prompt,
             guidance=self.guidance_scale,
             steps=self.steps,
@@ -97,6 +99,14 @@ class Generate(EngineSettings):
         if self.output.is_dir() or not os.access(self.output if self.output.exists() else self.output.parent, os.W_OK):
             sys.exit(f"{self.output} cannot be written: its folder must be there, and writable")
         return kind
+
+
+def _style(text: str) -> tuple[str, float]:
+    name, _, scale = text.partition(":")
+    try:
+        return name, float(scale or 1)
+    except ValueError:
+        sys.exit(f"--lora {text}: the scale must be a number")
 
 
 def _read(path: Path | None, decode: Callable[[Image.Image], uploads.Bitmap], name: str) -> uploads.Bitmap | None:

@@ -103,6 +103,17 @@ UNAVAILABLE = Cause(
     field="variant",
     retry_after=30,
 )
+BAD_STYLE = Cause(
+    *(422, "bad_style", "invalid", "The style cannot be used", "ask for another style, or for none"),
+    detail="the file of a style cannot be used",
+    field="loras",
+)
+STYLE_GONE = Cause(
+    *(503, "unavailable", "failed", "The style was replaced", AGAIN),
+    detail="the file of a style was replaced or removed while it was read; ask again",
+    field="loras",
+    retry_after=1,
+)
 OUT_OF_MEMORY = Cause(
     *(503, "unavailable", "failed", "The picture cannot be drawn here", "ask for a smaller picture"),
     detail="the device has too little memory for this picture; ask for a smaller one",

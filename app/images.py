@@ -8,6 +8,8 @@ from typing import Any
 import fpng
 from PIL import Image
 
+from models.catalog import Weights
+
 # IPTC's code for media made by a trained model: the machine-readable mark of the EU AI Act, Art. 50(2).
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = (
@@ -33,6 +35,11 @@ def encode(
     image = Image.frombytes("RGB", (width, height), pixels)
     image.save(file, output_format, quality=quality, xmp=XMP.encode(), comment=line(parameters))
     return file.getvalue()
+
+
+def styles(weights: Weights) -> dict[str, str]:
+    """What a file's parameters say of them, if there are any."""
+    return {"Styles": " ".join(f"{style.name}:{style.scale:g}" for style in weights.styles)} if weights.styles else {}
 
 
 def _texts(parameters: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from app.api import a1111, deps, generate, health, huggingface, models, openai, page, problems
+from app.api import a1111, deps, generate, health, huggingface, loras, models, openai, page, problems
 from app.api.deps import Parts
 from app.engine.fleet import Fleet
 from app.http import limits
@@ -20,6 +20,7 @@ from app.http.origins import ANY, EXPOSED, Origins, names
 from app.metrics import Metrics
 from app.settings import Settings, listed
 from app.traces import Tracing, make_tracer
+from models.styles import Styles
 
 MIB = 2**20
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
@@ -46,9 +47,9 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # a redirected POST would lose the proxy's path, and its body with some clients
         generate_unique_id_function=_plain_name,
     )
-    parts = Parts(fleet, settings, metrics, settings.families)
+    parts = Parts(fleet, settings, metrics, settings.families, Styles(settings.lora_dir))
     open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
-    drawing = (generate.router, openai.router, models.router, a1111.router, huggingface.router)
+    drawing = (generate.router, openai.router, models.router, loras.router, a1111.router, huggingface.router)
     _furnish(app, parts, [*drawing, *open_to_all])
     body, bodies = (int(mib * MIB) for mib in (settings.max_body_mib, settings.max_bodies_mib))
     limits.install(app, limits.Room(body, bodies, settings.min_upload_kb_s * 1000))

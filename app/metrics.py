@@ -4,7 +4,14 @@ device: an engine's, as DEVICES names it or by its number; a server with one eng
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from models.catalog import Weights
+
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+def labels(weights: Weights) -> tuple[str, str]:
+    """A variant's name, and whether styles are added: never theirs, of which there may be thousands."""
+    return weights.variant, str(weights.is_styled).lower()
 
 
 class Metrics:
@@ -24,7 +31,7 @@ class Metrics:
         self.without_key = Counter(
             "sdxl_requests_without_key", "Requests without a valid key, where keys are needed.", registry=registry
         )
-        self.images = Counter("sdxl_images", "Pictures drawn.", ["variant"], registry=registry)
+        self.images = Counter("sdxl_images", "Pictures drawn.", ["variant", "styled"], registry=registry)
         self.waiting = self._gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.")
         self.running = self._gauge("sdxl_images_running", "Pictures between their first step and their answer.")
         self.queue = self._seconds("sdxl_queue_seconds", "Time from the engine's inbox to the first step.")
@@ -33,12 +40,13 @@ class Metrics:
             "denoise": self._seconds("sdxl_denoise_step_seconds", "One call of the UNet."),
             "decode": self._seconds("sdxl_decode_seconds", "One call of the VAE's decoder."),
         }
+        self.style_load = self._seconds("sdxl_style_load_seconds", "Styles added to a variant's weights.")
         self.image_encode = self._seconds("sdxl_image_encode_seconds", "One picture to PNG, JPEG or WebP.")
         self.total = self._seconds("sdxl_request_seconds", "A successful request from its arrival to its answer.")
         self.batch = Histogram(
             "sdxl_batch_rows",
             "Rows in one call of the UNet.",
-            ["variant"],
+            ["variant", "styled"],
             buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
             registry=registry,
         )

@@ -10,9 +10,11 @@ from app.engine.load import CANNOT_OPEN, open_model
 from app.engine.work import look
 from app.errors import Problem
 from app.images import encode
+from app.images import styles as styled
 from app.order import Limits, Order, resolve
 from app.settings import EngineSettings
 from app.uploads import keep
+from models.styles import Styles
 
 LIMITS = Limits(timeout_s=math.inf, max_timeout_s=math.inf, max_pixels=1 << 60)  # whoever calls this has the machine
 
@@ -22,21 +24,24 @@ def draw(settings: EngineSettings, order: Order, output: Path, kind: str) -> int
     impossible."""
     try:
         model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[]), workers=1)
-        (job,) = resolve(order, model.family, LIMITS, now=0.0)
+        styles = Styles(settings.lora_dir).find(dict(order.styles), model.family)
+        (job,) = resolve(order, model.family, LIMITS, now=0.0, styles=styles)
         model.registry.load(job.weights)
     except (Problem, *CANNOT_OPEN) as error:
         sys.exit(str(error))
     variant = job.weights.variant
     unet, schedule = model.registry.use(job.weights), model.registry.schedule(variant, job.steps)
+    through = model.pipeline.prompts_for(job.weights, model.registry.text_factors(job.weights))
     size, guide = (job.height, job.width), (job.negative_prompt, job.guidance)
     try:
-        over = (look(model.pipeline, job, order.source), job.strength) if order.source and job.strength else ()
-        pixels, valid = model.pipeline.draw(unet, schedule, [job.prompt], [job.seed], *size, *guide, *over)
+        over = None if order.source is None else look(model.pipeline, job, order.source)
+        drawn_as = (*size, *guide, over, job.strength or 1.0, through)
+        pixels, valid = model.pipeline.draw(unet, schedule, [job.prompt], [job.seed], *drawn_as)
     except Exception as error:
         sys.exit(f"no picture could be drawn: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     if not valid.all():
         sys.exit(f"no picture was written: {variant} made a blank or undefined picture; try another seed or variant")
-    parameters = {"Steps": job.steps, "Seed": job.seed, "Model": f"sdxl-lightning-{variant}"}
+    parameters = {"Steps": job.steps, "Seed": job.seed, "Model": f"sdxl-lightning-{variant}", **styled(job.weights)}
     if job.strength is not None:
         parameters["Denoising strength"] = job.strength
     drawn = pixels[0].numpy().tobytes()

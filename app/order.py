@@ -3,16 +3,21 @@
 import hashlib
 import secrets
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from app import errors
 from app.engine.jobs import Job, Source, new_id
 from app.errors import Problem
 from app.uploads import Bitmap
-from models.catalog import Family, Guidance, Variant, Weights, one_of
+from models.catalog import Family, Guidance, Style, Variant, Weights, one_of
 from models.grid import snap, spelled
+from models.styles import StyleFile
 
 STRENGTH, STRENGTH_OF_A_MASK = 0.75, 1.0  # where none is given
+MOST_STYLES = 4
+MOST_NAMED = 50  # of the styles there are, in a refusal
 SEED_LIMIT = 2**32
 PROMPT_LIMIT = 2000  # characters; the text encoders take fewer
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
@@ -33,7 +38,7 @@ class Order:
     owner: who asks, so that the same order from somebody else is another one. prompt: cut behind PROMPT_LIMIT. width,
     height: pixels; fit: where they cannot be drawn, the nearest that can. timeout: seconds after which the pictures are
     of no use. image: what they draw over. mask: of the image, 255 where it is drawn anew. strength: above 0, to 1.
-    Picture k of n has seed + k. previews: show them while they are drawn.
+    Picture k of n has seed + k. previews: show them while they are drawn. styles: by name how much of each.
     """
 
     owner: str
@@ -76,9 +81,11 @@ class Limits:
     max_pixels: int
 
 
-def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Job]:
-    """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock.
-    Raises Problem for what the family does not draw or the server does not allow."""
+def resolve(
+    order: Order, family: Family, limits: Limits, now: float, styles: Mapping[str, StyleFile] = MappingProxyType({})
+) -> list[Job]:
+    """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock. styles: those
+    that there are, by name. Raises Problem for what the family does not draw or the server does not allow."""
     variant, steps = _variant(order, family)
     width, height = _size(order, family)
     strength = _strength(order, variant, steps)
@@ -88,9 +95,7 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
     if order.timeout is not None and order.timeout > limits.max_timeout_s:
         raise Problem(errors.INVALID, f"timeout must be at most {limits.max_timeout_s:g} s on this server", "timeout")
     guidance = _guidance(order, variant)
-    if order.styles:
-        raise Problem(errors.INVALID, f"there is no style {order.styles[0][0]}", "loras")
-    weights = Weights(variant.name, order.styles)
+    weights = Weights(variant.name, _styles(order, styles))
     if order.seed is not None and order.seed + order.n > SEED_LIMIT:
         detail = f"seed must be at most {SEED_LIMIT - order.n} for n = {order.n}, as picture k has seed + k"
         raise Problem(errors.INVALID, detail, "seed")
@@ -156,6 +161,25 @@ def _variant(order: Order, family: Family) -> tuple[Variant, int]:
     allowed = one_of({steps for each in named for steps in each.steps})
     detail = f"{order.variant or 'this model'} draws in {allowed} steps, not {order.steps}"
     raise Problem(errors.INVALID, detail, "steps")
+
+
+def _styles(order: Order, styles: Mapping[str, StyleFile]) -> tuple[Style, ...]:
+    """Sorted by their names, so that their order makes no difference; without those that change nothing."""
+    if len(order.styles) > MOST_STYLES:
+        raise Problem(errors.INVALID, f"there can be at most {MOST_STYLES} styles", "loras")
+    if unknown := [name for name, _ in order.styles if name not in styles]:
+        known = sorted(styles)
+        there_are = f"there are {', '.join(known[:MOST_NAMED])}" if known else "there is none"
+        more = f" and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else ""
+        raise Problem(errors.INVALID, f"there is no style {unknown[0]}; {there_are}{more}", "loras")
+    if len({name for name, _ in order.styles}) < len(order.styles):
+        raise Problem(errors.INVALID, "a style can be named once only", "loras")
+    for name, scale in order.styles:
+        if not -2 <= scale <= 2 or abs(scale - round(scale, 2)) > 1e-6:
+            detail = f"the scale of {name} must be from -2 to 2 in steps of 0.01, not {scale:g}"
+            raise Problem(errors.INVALID, detail, "loras")
+    rounded = [(name, round(scale, 2)) for name, scale in sorted(order.styles)]
+    return tuple(Style(name, scale, styles[name].id) for name, scale in rounded if scale)
 
 
 def _guidance(order: Order, variant: Variant) -> float:

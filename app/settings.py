@@ -62,6 +62,11 @@ class EngineSettings(Variables):
         "are there, else embedded",
     )
     model_dir: Path | None = Field(None, description="a local directory with the family's files, instead of the hub")
+    lora_dir: Path | None = Field(
+        None,
+        description="a folder of style LoRAs, each .safetensors file one by its name; by default loras/ in the model's "
+        "own directory",
+    )
     device: Literal["cpu", "cuda"] | None = Field(None, description="by default cuda if there is one, else cpu")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="by default float16 on CUDA; on a CPU bfloat16 where it has it in hardware, else float32"
@@ -110,7 +115,7 @@ class EngineSettings(Variables):
             raise ValueError(f"it must be one of {', '.join(known)}")
         return value
 
-    @field_validator("model_dir", "catalog")
+    @field_validator("model_dir", "lora_dir", "catalog")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
@@ -148,6 +153,7 @@ class EngineSettings(Variables):
             compile=self.compile,
             fp8=self.fp8,
             cache=str(cache),
+            styles=str(self.lora_dir.resolve()) if self.lora_dir else None,
         )
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from bench import fidelity, overhead, report
+from bench import fidelity, overhead, report, styles
 from bench.contenders import NAMES, Contender, contender
 from bench.load import closed_loop
 from bench.progress import progress
@@ -15,7 +15,7 @@ from bench.start import start
 from bench.tuning import UNTUNED, Tuned, tune
 from bench.work import EVEN_MIX, prompts, stream
 
-PARTS = ("fidelity", *(load.name for load in LOADS), "open", "overhead")
+PARTS = ("fidelity", *(load.name for load in LOADS), "open", "overhead", "styles")
 WARM_UP_S = 3.0
 
 
@@ -70,6 +70,9 @@ async def run(contenders: list[Contender], options: argparse.Namespace, results:
     if "overhead" in options.only and ours:
         results.overhead = await overhead.measure(ours[0], max(2, round(3 * options.seconds)), options.threads)
         report.show_overhead(results.overhead)
+    if "styles" in options.only and ours:
+        results.switch, results.styles = await styles.measure(options.threads, options.rounds, options.seconds)
+        report.show_styles(results.switch, results.styles)
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ async def measure(contender: Contender, blocks: int, threads: int) -> Overhead:
     async with _bare_engine(threads) as engine, contender.turn() as client:
         for _ in progress(range(blocks), "overhead of HTTP and queue"):
             block = [next(work) for _ in range(BLOCK)]
-            http += [await _timed(client, ask) for ask in block][1:]
+            http += [await timed(client, ask) for ask in block][1:]
             bare += [await _bare(engine, ask) for ask in block][1:]
     p50, bare_p50 = percentile(http, 50), percentile(bare, 50)
     return Overhead(len(http), p50, bare_p50, p50 - bare_p50)
@@ -49,7 +49,8 @@ def _fresh(work: Iterator[Work]) -> Iterator[Work]:
         yield replace(ask, prompt=f"{ask.prompt} {number}")
 
 
-async def _timed(client: Client, ask: Work) -> float:
+async def timed(client: Client, ask: Work) -> float:
+    """Milliseconds until a request is answered. Raises RuntimeError where that is no picture."""
     start = time.perf_counter()
     reply = await client.post(ask.body())
     if reply.status != 200:

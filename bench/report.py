@@ -13,6 +13,7 @@ from typing import Any
 from bench.fidelity import MEAN_GATE, MIN_GATE, Fidelity
 from bench.overhead import AIM_MS, Overhead
 from bench.rounds import Row
+from bench.styles import Switch
 from bench.tuning import Tuned, describe
 
 RESULTS = Path(__file__).with_name("results")
@@ -38,6 +39,8 @@ class Results:
     closed: dict[str, list[Row]] = field(default_factory=dict)
     opened: dict[float, list[Row]] = field(default_factory=dict)
     overhead: Overhead | None = None
+    switch: Switch | None = None
+    styles: list[Row] = field(default_factory=list)
     ratio_4step: float | None = None
     ratio: float | None = None
     took_s: float = 0.0
@@ -129,6 +132,16 @@ def show_overhead(found: Overhead) -> None:
         f"of models/: p50 {found.http:.2f} ms over HTTP, {found.bare:.2f} ms bare"
     )
     print(f"added_p50_ms: {found.added:.2f} (aim: {AIM_MS:g} or less)")
+
+
+def show_styles(switch: Switch, rows: Sequence[Row]) -> None:
+    """What a switch costs, and the mix with 20 styles against none."""
+    show_rows("closed loop, 16 clients, even mix: without styles, and each request with another of 20", rows)
+    added = switch.first - switch.again
+    print(
+        f"1 client, 4 steps: p50 {switch.again:.1f} ms with a style, {switch.first:.1f} with one whose weights must be "
+        f"made first; style_switch_ms: {added:.1f}"
+    )
 
 
 def ratio(rows: Sequence[Row]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,18 @@ def decode(vae: AutoencoderKL, x0: Tensor) -> Tensor:
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def cached(vae: AutoencoderKL, path: Path, jitters: int = 2, every: int = 1) -> Latents:
-    """Encode the training pairs (or every n-th of them, for a toy), or read what an earlier run encoded."""
+def cached(
+    vae: AutoencoderKL,
+    path: Path,
+    jitters: int = 2,
+    every: int = 1,
+    render: Callable[[list[tuple[int, str]], random.Random], np.ndarray] = data.draw_batch,
+) -> Latents:
+    """Encode the training pairs (or every n-th of them, for a toy), or read what an earlier run encoded. render: pairs
+    to pictures, as data.draw_batch."""
     if not path.exists():
         pairs, rng = data.pairs()[::every] * jitters, random.Random(0)
-        parts = [encode(vae, data.draw_batch(pairs[i : i + 64], rng)) for i in range(0, len(pairs), 64)]
+        parts = [encode(vae, render(pairs[i : i + 64], rng)) for i in range(0, len(pairs), 64)]
         torch.save({"x0": torch.cat(parts).cpu(), "pairs": pairs}, path)
     stored = torch.load(path, weights_only=True)
     return Latents(stored["x0"].to(device()), stored["pairs"])

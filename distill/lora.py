@@ -24,15 +24,15 @@ OUTER = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")  # the pape
 class LowRank(nn.Module):
     """weight: (out, in) or (out, in, kh, kw); down: (rank, in, ...), up: (out, rank, 1, ...), as LoRA files have it."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rank: int = RANK, alpha: float = ALPHA) -> None:
         super().__init__()
-        points = [1] * (weight.dim() - 2)
-        self.down = nn.Parameter(torch.empty(RANK, *weight.shape[1:], device=weight.device))
-        self.up = nn.Parameter(torch.zeros(len(weight), RANK, *points, device=weight.device))  # changes nothing yet
+        self.alpha, points = alpha, [1] * (weight.dim() - 2)
+        self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], device=weight.device))
+        self.up = nn.Parameter(torch.zeros(len(weight), rank, *points, device=weight.device))  # changes nothing yet
         nn.init.normal_(self.down, std=weight[0].numel() ** -0.5)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (ALPHA / RANK) * (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
+        return weight + (self.alpha / len(self.down)) * (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
 
 
 def targets(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
         low, key = module.parametrizations.weight[0], "lora_unet_" + name.replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = low.down.detach()
         tensors[f"{key}.lora_up.weight"] = low.up.detach()
-        tensors[f"{key}.alpha"] = torch.tensor(float(ALPHA))
+        tensors[f"{key}.alpha"] = torch.tensor(float(low.alpha))
     return tensors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -96,6 +96,11 @@ def load_base(folder: Path) -> Model:
 
 def unet_file(folder: Path, steps: int) -> Path:
     return folder / f"sdxl_lightning_{steps}step_unet{'_x0' if steps == 1 else ''}.safetensors"
+
+
+def predicts(steps: int) -> Literal["epsilon", "sample"]:
+    """What a step file's UNet says: the clean latents at 1 step, else the noise."""
+    return "sample" if steps == 1 else "epsilon"
 
 
 def lora_file(folder: Path, steps: int) -> Path:

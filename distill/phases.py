@@ -66,6 +66,10 @@ class Workshop:
 
     def draw(self, stage: Stage, name: str, step: int) -> Batch:
         """The batch of one step: the same for the same phase and step, so a resumed run repeats nothing."""
+        return self.draw_with_target(stage, name, step)[0]
+
+    def draw_with_target(self, stage: Stage, name: str, step: int) -> tuple[Batch, Tensor, Tensor]:
+        """The same, with the latents and the noise that it is made of."""
         rank, processes = join_group()
         size, rng = self.batch // processes, random.Random(f"{name} {step} {rank}")
         generator = torch.Generator().manual_seed(rng.randrange(2**62))
@@ -74,7 +78,7 @@ class Workshop:
         x0 = self.cache.x0[rows]
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         k = paper.draw_starts(stage, size, generator).to(x0.device)
-        return Batch(start_from_pure_noise(x0, noise, stage.times.to(k.device)[k]), k, self.text(said))
+        return Batch(start_from_pure_noise(x0, noise, stage.times.to(k.device)[k]), k, self.text(said)), x0, noise
 
 
 def trainable(unet: UNet2DConditionModel) -> list[torch.nn.Parameter]:

@@ -24,14 +24,29 @@ class BadCatalog(Exception):
 
 
 @dataclass(frozen=True)
+class Style:
+    """A style LoRA and how much of it. file: which file of that name, as models.styles tells them apart: a replaced
+    one is another style, for which nothing that was made of the old one is used."""
+
+    name: str
+    scale: float
+    file: str = ""
+
+
+@dataclass(frozen=True)
 class Weights:
-    """What identifies a weight set everywhere: a variant's name, and the styles added to it, each with its scale."""
+    """What identifies a weight set everywhere: a variant's name, and the styles added to it, by their names."""
 
     variant: str
-    styles: tuple[tuple[str, float], ...] = ()
+    styles: tuple[Style, ...] = ()
+
+    @property
+    def is_styled(self) -> bool:
+        """Whether styles are added."""
+        return bool(self.styles)
 
     def __str__(self) -> str:
-        return " + ".join([self.variant, *(f"{scale:g} {style}" for style, scale in self.styles)])
+        return " + ".join([self.variant, *(f"{style.scale:g} {style.name}" for style in self.styles)])
 
 
 def one_of(numbers: Iterable[int]) -> str:

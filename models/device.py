@@ -41,6 +41,7 @@ class Device:
     max_batch = 16  # rows
     first_batches: int | None = None
     most_bound: int | None = None  # functions made for weight sets that are kept; the least recently used goes
+    layout = torch.channels_last  # of convolutions' weights, as they are held
     is_fast = False  # enough for SDXL to be what is served by default, where its weights are here
     first_call_is_typical = True  # where a first call records or compiles, its time says nothing
 

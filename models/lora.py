@@ -1,18 +1,44 @@
-"""A LoRA added to a UNet's weights: every tensor of its file is used as its name says, or the file is refused."""
+"""LoRA files: every tensor is used as its name says, or the file is refused by the name of the first that is not.
+
+A LoRA adds alpha / rank * up @ down to a weight. One of a variant changes the UNet; a style may change the text
+encoders, too.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.weights import BadWeights, is_finite
 
+State = Mapping[str, Tensor]
 # What follows a module's name: in kohya's files, in PEFT's, in diffusers' own older ones.
 ROLES = {
-    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"), "down"),
-    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight"), "up"),
+    **dict.fromkeys((".lora_down.weight", ".lora_A.weight"), "down"),
+    **dict.fromkeys((".lora.down.weight", ".lora_linear_layer.down.weight", "_lora.down.weight"), "down"),
+    **dict.fromkeys((".lora_up.weight", ".lora_B.weight"), "up"),
+    **dict.fromkeys((".lora.up.weight", ".lora_linear_layer.up.weight", "_lora.up.weight"), "up"),
     ".alpha": "alpha",
+}
+# What is no plain LoRA, by a part of its tensors' names.
+OTHERS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_mid": "a LoRA with a third matrix (Tucker)",
+    "oft_": "OFT",
+    "emb_params": "an embedding (textual inversion)",
+    "clip_l": "an embedding (textual inversion)",
+    "clip_g": "an embedding (textual inversion)",
+    "double_blocks": "a LoRA of another model (FLUX)",
+    "transformer.": "a LoRA of another model (a transformer)",
+    "lora_transformer_": "a LoRA of another model (a transformer)",
+    "diffusion_model.": "a checkpoint, or a LoRA of another model",
+    ".diff": "a difference of whole weights",
 }
 # Stability AI's names, in which kohya trains: what is outside the blocks, and the parts of a residual block.
 OUTSIDE = {
@@ -29,71 +55,123 @@ INSIDE = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+UNET = "unet"
+TEXT = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # the parts' names, and kohya's
 
 
-def fuse(
-    base: dict[str, Tensor],
-    lora: Mapping[str, Tensor],
-    layers_per_block: int,
-    dtype: torch.dtype,
-    file: str,
-    metadata: str = "{}",
-) -> None:
-    """Replace each weight W of the base that the LoRA changes by W + alpha / rank * up @ down, rounded once, to dtype.
+@dataclass(frozen=True)
+class Change:
+    """What a LoRA adds to a weight: scale * up @ down. up: (out, rank), down: (rank, in), as the file has them."""
 
-    metadata: "lora_adapter_metadata" of a file that diffusers wrote; its alpha is told there. Where none is told
+    up: Tensor
+    down: Tensor
+    scale: float
+
+
+Changes = dict[str, dict[str, Change]]  # by part ("unet", "text_encoder", ...) and by the weight's name in its state
+
+
+def changes(lora: State, parts: Mapping[str, State], layers_per_block: int, file: str, metadata: str = "{}") -> Changes:
+    """What a file's tensors change. parts: the states, for names and shapes, of what it may change.
+
+    metadata: "lora_adapter_metadata" of a file that diffusers wrote; its alphas are told there. Where none is told
     anywhere, it is the rank (kohya's rule, and diffusers'). Raises BadWeights, naming `file` and the first tensor that
     is not used.
     """
-    names = _names(base, layers_per_block)
-    modules: dict[str, dict[str, str]] = {}  # for each the keys of its tensors, by their role
+    names = _names(parts, layers_per_block)
+    modules: dict[tuple[str, str], dict[str, str]] = {}  # by part and module the keys of its tensors, by their role
     for key in lora:
         stem, role = next(((key.removesuffix(end), role) for end, role in ROLES.items() if key.endswith(end)), ("", ""))
         if stem not in names or role in modules.setdefault(names[stem], {}):
-            raise BadWeights(f"{file}: its tensor {key} has no place in this UNet, or not one of its own")
+            other = next((other for sign, other in OTHERS.items() if sign in key), None)
+            reason = f"is of {other}, which is not read here" if other else "has no place in this model"
+            raise BadWeights(f"{file}: its tensor {key} {reason}{', or not one of its own' if stem in names else ''}")
         modules[names[stem]][role] = key
     if not modules:
         raise BadWeights(f"{file}: it holds no tensor")
-    told, wants_alpha = _told_alpha(metadata, file), any("alpha" in keys for keys in modules.values())
-    for module, keys in modules.items():
+    told, found = _told(metadata, file), Changes()
+    wants_alpha = any("alpha" in keys for keys in modules.values())
+    for (part, module), keys in modules.items():
         if keys.keys() != ({"down", "up", "alpha"} if wants_alpha else {"down", "up"}):
             raise BadWeights(f"{file}: {next(iter(keys.values()))} lacks one of up, down and alpha beside it")
-        weight, up, down = base[f"{module}.weight"], lora[keys["up"]].float(), lora[keys["down"]].float()
+        name = f"{module}.weight"
+        weight, up, down = parts[part][name], lora[keys["up"]], lora[keys["down"]]
         rank = len(down)
         if up.shape != (len(weight), rank, *(1 for _ in weight.shape[2:])) or down.shape[1:] != weight.shape[1:]:
-            raise BadWeights(f"{file}: {keys['down']} and its up do not fit this UNet")
+            raise BadWeights(f"{file}: {keys['down']} and its up do not fit this model")
         if "alpha" in keys and lora[keys["alpha"]].numel() != 1:
             raise BadWeights(f"{file}: {keys['alpha']} is not one number")
-        alpha = lora[keys["alpha"]].item() if "alpha" in keys else rank if told is None else told
-        fused = (weight.float() + alpha / max(rank, 1) * (up.flatten(1) @ down.flatten(1)).view_as(weight)).to(dtype)
-        if not is_finite(fused):
-            raise BadWeights(f"{file}: with {keys['down']} the sum is more than {dtype} holds")
-        base[f"{module}.weight"] = fused
+        alpha = lora[keys["alpha"]].item() if "alpha" in keys else _told_alpha(told, part, module, rank)
+        found.setdefault(part, {})[name] = Change(up.flatten(1), down.flatten(1), alpha / max(rank, 1))
+    for key, ends in told.items():
+        if not key.endswith("alpha_pattern"):
+            continue
+        for end in ends:
+            if not any(key.startswith(f"{part}.") and _is_of(end, module) for part, module in modules):
+                raise BadWeights(f"{file}: its lora_adapter_metadata have an alpha for {end}, which it does not change")
+    return found
 
 
-def _told_alpha(metadata: str, file: str) -> float | None:
-    """The alpha of all modules, where the file's metadata have one."""
+def add(
+    state: dict[str, Tensor], sums: Sequence[tuple[float, Mapping[str, Change]]], dtype: torch.dtype, who: str
+) -> None:
+    """Replace each weight W of a state that is changed by W + sum of how much * scale * up @ down, rounded once, to
+    dtype. No tensor is written to. Raises BadWeights, naming `who`."""
+    for name in {name: None for _, found in sums for name in found}:
+        found = [(much * each[name].scale, each[name].up, each[name].down) for much, each in sums if name in each]
+        total = state[name].to(found[0][1].device).float()
+        for scale, up, down in found:
+            total = total + scale * (up.float() @ down.float()).view_as(total)
+        state[name] = total.to(dtype)
+        if not is_finite(state[name]):
+            raise BadWeights(f"{who}: with what it adds, {name} is more than {dtype} holds")
+
+
+def _told(metadata: str, file: str) -> dict[str, Any]:
+    """What the file's metadata say, by names with their part."""
     try:
-        told = {key.removeprefix("unet."): value for key, value in json.loads(metadata).items()}
-        other = [key for key in ("alpha_pattern", "use_rslora", "use_dora", "lora_bias") if told.get(key)]
-        alpha = None if told.get("lora_alpha") is None else float(told["lora_alpha"])
+        told: dict[str, Any] = dict(json.loads(metadata).items())
+        for key, value in told.items():
+            if key.endswith("lora_alpha") and value is not None:
+                told[key] = float(value)
+            elif key.endswith("alpha_pattern"):
+                told[key] = {str(module): float(alpha) for module, alpha in (value or {}).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise BadWeights(f"{file}: its lora_adapter_metadata cannot be read") from error
-    if other:
-        raise BadWeights(f"{file}: its lora_adapter_metadata have {other[0]}, which is not read here")
-    return alpha
+    for key, value in told.items():
+        if key.endswith(("use_rslora", "use_dora", "lora_bias")) and value:
+            raise BadWeights(f"{file}: its lora_adapter_metadata have {key}, which is not read here")
+    return told
 
 
-def _names(base: Mapping[str, Tensor], layers_per_block: int) -> dict[str, str]:
-    """Every name that a file may have for each linear layer and convolution, and diffusers' name for it."""
-    modules = [
-        key.removesuffix(".weight") for key, weight in base.items() if key.endswith(".weight") and weight.ndim > 1
-    ]
+def _told_alpha(told: Mapping[str, Any], part: str, module: str, rank: int) -> float:
+    """A module's alpha: its own where the metadata have one (PEFT's rule: by the end of its name), or the part's."""
+    patterns = told.get(f"{part}.alpha_pattern", {})
+    alpha = next((patterns[end] for end in patterns if _is_of(end, module)), told.get(f"{part}.lora_alpha"))
+    return float(rank if alpha is None else alpha)
+
+
+def _is_of(end: str, module: str) -> bool:
+    return f".text_model.{module.removeprefix('text_model.')}".endswith(f".{end.removeprefix('^')}")
+
+
+def _names(parts: Mapping[str, State], layers_per_block: int) -> dict[str, tuple[str, str]]:
+    """Every name that a file may have for each linear layer and convolution, and its part and module."""
     names = {}
-    for module in modules:
-        names[f"unet.{module}"] = module
-        for name in (module, _stability_name(module, layers_per_block + 1)):
-            names[f"lora_unet_{name.replace('.', '_')}"] = module
+    for part, state in parts.items():
+        for key, weight in state.items():
+            if not key.endswith(".weight") or weight.ndim < 2 or ".embeddings." in f".{key}":
+                continue
+            module = key.removesuffix(".weight")
+            if part == UNET:
+                plain = [module, module.replace(".to_", ".processor.to_").removesuffix(".0")]  # diffusers' oldest
+                kohya = [module, _stability_name(module, layers_per_block + 1)]
+            else:
+                bare = module.removeprefix("text_model.")  # which transformers 5 dropped from some classes
+                plain, kohya = [bare, f"text_model.{bare}"], [bare, f"text_model.{bare}"]
+            names.update(dict.fromkeys((f"{part}.{name}" for name in plain), (part, module)))
+            prefix = TEXT.get(part, "lora_unet")
+            names.update(dict.fromkeys((f"{prefix}_{name.replace('.', '_')}" for name in kohya), (part, module)))
     return names
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models import weights
@@ -33,6 +34,23 @@ class TextEncoders(nn.Module):
         two = self.second(ids_2, output_hidden_states=True)
         # "2" because SDXL reads the penultimate layer (SDXL report, sec. 2.1).
         return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds
+
+    @torch.inference_mode()
+    def styled(self, factors: WeightSet, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where each weight is W + up @ down, by factors as models.weightset.WholeSet has them. The sums are
+        made anew each time, since they would take as much memory as the encoders; and row by row, so that no row
+        depends on its neighbours. Not for two threads at a time: the module has these weights meanwhile."""
+        modules = {"text_encoder": "first", "text_encoder_2": "second"}
+        own, changed = dict(self.named_parameters()), {}
+        for key in factors:
+            part, name = key.removesuffix(".up").split(".", 1)
+            if key.endswith(".up"):
+                weight = own[f"{modules[part]}.{name}"]
+                total = weight.float() + factors[key] @ factors[f"{part}.{name}.down"]
+                changed[f"{modules[part]}.{name}"] = total.to(weight.dtype)
+        rows = [functional_call(self, changed, pair) for pair in zip(ids.split(1), ids_2.split(1), strict=True)]
+        embeds, pooled = zip(*rows, strict=True)
+        return torch.cat(embeds), torch.cat(pooled)
 
 
 class Decoder(nn.Module):
@@ -107,13 +125,26 @@ class UNet(nn.Module):
         self.unet.load_state_dict(weight_set, strict=True, assign=True)
 
 
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
 def load_text_encoders(store: weights.WeightStore, place: str, dtype: torch.dtype) -> TextEncoders:
     """Both text encoders with their weights, on a device. Raises MissingWeights, BadWeights."""
-    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    configs = {part: CLIPTextConfig.from_dict(store.config(part)) for part in kinds}
     return TextEncoders(
-        *(_filled(lambda: kind(configs[part]), store, part, place, dtype) for part, kind in kinds.items())  # noqa: B023
+        *(_filled(lambda: _text_encoder(store, part), store, part, place, dtype) for part in TEXT_ENCODERS)  # noqa: B023
     )
+
+
+def text_shapes(store: weights.WeightStore) -> dict[str, WeightSet]:
+    """The state of each text encoder, for names and shapes: it holds no numbers."""
+    # Not init_empty_weights(), which changes modules in all threads: another may give the UNet its weights meanwhile.
+    with torch.device("meta"):
+        return {part: _text_encoder(store, part).state_dict() for part in TEXT_ENCODERS}
+
+
+def _text_encoder(store: weights.WeightStore, part: str) -> nn.Module:
+    encoder: nn.Module = TEXT_ENCODERS[part](CLIPTextConfig.from_dict(store.config(part)))
+    return encoder
 
 
 def load_decoder(store: weights.WeightStore, place: str, dtype: torch.dtype) -> Decoder:

@@ -7,9 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from models.catalog import Weights
 from models.device import Device
 from models.grid import starts
-from models.modules import Encoder, UNetFunction, load_decoder, load_text_encoders
+from models.modules import Encoder, UNetFunction, WeightSet, load_decoder, load_text_encoders
 from models.original import Kept, Original, put_back
 from models.preview import clean_latents, to_rgb
 from models.prompts import Conditioning, Prompts, TextFunction
@@ -39,7 +40,8 @@ class Pipeline:
 
     def __init__(self, store: WeightStore, device: Device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.text: TextFunction = load_text_encoders(store, device.name, dtype)
+        self.encoders = load_text_encoders(store, device.name, dtype)
+        self.text: TextFunction = self.encoders
         self.prompts = Prompts(store, lambda *ids: self.text(*map(device.put, ids)))
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
@@ -49,6 +51,14 @@ class Pipeline:
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
         self._colours = device.put(torch.tensor(store.family.preview, dtype=torch.float32))
+
+    def prompts_for(self, weights: Weights, factors: WeightSet) -> Prompts:
+        """Prompts as some weights' styles read them. factors: as models.registry.Registry.text_factors gives them."""
+        if not factors:
+            return self.prompts
+        return self.prompts.of(
+            repr(weights.styles), lambda *ids: self.encoders.styled(factors, *map(self.device.put, ids))
+        )
 
     def draw(
         self,
@@ -62,12 +72,13 @@ class Pipeline:
         guidance: float = 1.0,
         original: Original | None = None,
         strength: float = 1.0,
+        through: Prompts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one.
         negative, guidance: as in Conditioning, for all of them. original: the picture that they are drawn over, with a
-        strength of models.grid.starts()."""
+        strength of models.grid.starts(). through: what encodes the prompts, the plain encoders if None."""
         drawn_over = (negative, guidance, original, strength)
-        latents = self.sample(unet, schedule, prompts, seeds, height, width, *drawn_over)
+        latents = self.sample(unet, schedule, prompts, seeds, height, width, *drawn_over, through)
         self.device.wait()
         return self.decode(list(latents))
 
@@ -83,12 +94,14 @@ class Pipeline:
         guidance: float = 1.0,
         original: Original | None = None,
         strength: float = 1.0,
+        through: Prompts | None = None,
     ) -> Tensor:
         """Their latents after the last step, (B, 4, h, w) float32."""
-        found = self.prompts.encode(prompts)
+        through = through or self.prompts
+        found = through.encode(prompts)
         if guidance > 1:
-            away = None if negative is None else self.prompts.encode([negative])[0]
-            found = [self.prompts.guide(row, away, guidance) for row in found]
+            away = None if negative is None else through.encode([negative])[0]
+            found = [through.guide(row, away, guidance) for row in found]
         conditioning = [self.project(unet, row) for row in found]
         path = starts(len(schedule.timesteps))[strength]
         begun = [self.begin(seed, height, width, schedule, path, original, strength) for seed in seeds]

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,7 +38,7 @@ class Prompts:
     embeddings of the chunks follow each other, the pooled one is the first chunk's (as compel, and the web UIs)."""
 
     def __init__(self, store: WeightStore, text: TextFunction) -> None:
-        self._text = text
+        self._text, self._style = text, ""
         self._zeros = store.zeros_for_empty_prompt
         self._tokenizers = [
             CLIPTokenizer.from_pretrained(store.component_folder(part), local_files_only=True)
@@ -48,13 +49,19 @@ class Prompts:
             store.config(part).get("max_position_embeddings", 77) for part in ("text_encoder", "text_encoder_2")
         ]
         self._room = min(self._lengths) - 2  # tokens of a prompt in a chunk
-        self._known: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str, str], Conditioning] = OrderedDict()
+
+    def of(self, style: str, text: TextFunction) -> "Prompts":
+        """The same prompts through other text encoders. style: identifies those, as the cache is one."""
+        found = copy(self)
+        found._text, found._style = text, style
+        return found
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], owners: Sequence[str] | None = None) -> list[Conditioning]:
         """Conditioning of each prompt; new ones go through the text encoders in one batch, known ones are cached.
         owners: who asks for each. They share no cache, for the time that a prompt takes tells whether it is known."""
-        asked = list(zip(owners or [""] * len(prompts), prompts, strict=True))
+        asked = [(self._style, *each) for each in zip(owners or [""] * len(prompts), prompts, strict=True)]
         new = [each for each in dict.fromkeys(asked) if each not in self._known]
         if new:
             self._encode(new)
@@ -83,10 +90,10 @@ class Prompts:
         """Encode every prompt anew from now on."""
         self._known.clear()
 
-    def _encode(self, new: list[tuple[str, str]]) -> None:
-        """Put these, by owner and prompt, into the cache."""
+    def _encode(self, new: list[tuple[str, str, str]]) -> None:
+        """Put these, by style, owner and prompt, into the cache."""
         tokens = [
-            tokenizer([prompt for _, prompt in new], add_special_tokens=False, verbose=False).input_ids
+            tokenizer([prompt for *_, prompt in new], add_special_tokens=False, verbose=False).input_ids
             for tokenizer in self._tokenizers
         ]
         counts = [max(map(len, ids)) for ids in zip(*tokens, strict=True)]

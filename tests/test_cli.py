@@ -12,7 +12,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageStat
 from safetensors.torch import load_file, save_file
 
 from app.cli import main
@@ -73,6 +73,28 @@ def test_generate_draws_over_a_picture_where_its_mask_is_white(tmp_path):
 def test_generate_says_what_is_wrong_with_a_picture(flags, said):
     refused = call("generate", "x", *flags)
     assert (refused.returncode, said in refused.stderr, "Traceback" in refused.stderr) == (1, True, False)
+
+
+def test_generate_draws_with_styles(tmp_path):
+    """Lines on paper have next to no colour; a red apple has."""
+    colour = {}
+    for name, styles in (("plain", ()), ("line", ("--lora", "line:0.9"))):
+        done = call("generate", "a red apple", "--seed", "7", *styles, "--output", str(tmp_path / f"{name}.png"))
+        assert done.returncode == 0, done.stderr
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            colour[name] = ImageStat.Stat(picture.convert("HSV")).mean[1]
+            assert picture.info["parameters"].endswith("Styles: line:0.9") == (name == "line")
+    assert colour["line"] < colour["plain"] / 3
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [("nowhere", "there is no style nowhere; there are line"), ("line:x", "must be a number"), ("line:3", "-2")],
+)
+def test_generate_says_what_is_wrong_with_a_style(tmp_path, lora, said):
+    refused = call("generate", "x", "--lora", lora, "--output", str(tmp_path / "x.png"))
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+    assert said in refused.stderr
 
 
 def test_generate_says_what_is_wrong(tmp_path):

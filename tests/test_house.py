@@ -27,7 +27,7 @@ HTTP_SIDE = (
     "gpus",
 )
 DEVICE_SIDE = ("worker", "load", "cores", "warmup", "loop", "calls", "work", "loading", "upgrade")
-ROUTES = {f"app.api.{name}" for name in ("generate", "openai", "models", "a1111", "huggingface", "health")}
+ROUTES = {f"app.api.{name}" for name in ("generate", "openai", "models", "loras", "a1111", "huggingface", "health")}
 ASKS_FOR_A_GPU = re.compile(r"""torch\.cuda|\.is_cuda|[!=]= ?["']cuda""")
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from fastapi import APIRouter, Request, Response
 from PIL import Image, ImageOps
 from pydantic import ConfigDict, Field, model_validator
+from starlette.concurrency import run_in_threadpool
 
 from app import errors, images
 from app.api.a1111_lists import FIXED, SAMPLER, SCHEDULER
@@ -232,6 +233,13 @@ async def interrupt() -> dict[str, str]:
     return {}
 
 
+@router.get("/sdapi/v1/loras", responses=declare(503))
+async def loras(parts: PartsDep) -> list[dict[str, Any]]:
+    """The styles that a prompt may name as <lora:NAME:SCALE>."""
+    names = [each.name for each in await run_in_threadpool(parts.styles.all, parts.family)]
+    return [{"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}} for name in names]
+
+
 @router.get("/queue/status")
 async def queue_status() -> dict[str, str]:
     """What Krita's plugin asks to see whether there is a server."""
@@ -242,7 +250,9 @@ async def queue_status() -> dict[str, str]:
 async def listing(listing: str) -> Any:
     """What else clients ask for before they draw."""
     if listing not in FIXED:
-        raise Problem(errors.NOT_FOUND, f"of /sdapi/v1 there are txt2img, options, sd-models, {', '.join(FIXED)}")
+        raise Problem(
+            errors.NOT_FOUND, f"of /sdapi/v1 there are txt2img, options, sd-models, loras, {', '.join(FIXED)}"
+        )
     return FIXED[listing]
 
 

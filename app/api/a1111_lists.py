@@ -28,6 +28,6 @@ FIXED: dict[str, Any] = {
     "embeddings": {"loaded": {}, "skipped": {}},
     "memory": {"ram": {}, "cuda": {}},
     "cmd-flags": {},
-    **{name: [] for name in ("upscalers", "latent-upscale-modes", "sd-vae", "loras", "face-restorers")},
+    **{name: [] for name in ("upscalers", "latent-upscale-modes", "sd-vae", "face-restorers")},
     **{name: [] for name in ("prompt-styles", "hypernetworks")},
 }

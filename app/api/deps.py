@@ -12,6 +12,7 @@ from app.keys import Key
 from app.metrics import Metrics
 from app.settings import Settings
 from models.catalog import Family
+from models.styles import Styles
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Parts:
     settings: Settings
     metrics: Metrics
     families: dict[str, Family]
+    styles: Styles
     chosen: dict[str, str] = field(default_factory=dict)
 
     @property

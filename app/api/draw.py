@@ -89,8 +89,10 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     and Done for each picture. Raises Problem. Close this iterator to take the jobs out of the engine."""
     settings = parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
-    request.state.family = parts.family
-    jobs = resolve(order, parts.family, limits, time.monotonic())
+    family, now = parts.family, time.monotonic()
+    request.state.family = family
+    styles = await run_in_threadpool(parts.styles.find, dict(order.styles), family) if order.styles else {}
+    jobs = resolve(order, family, limits, now, styles)
     request.state.variant = jobs[0].weights.variant
     trace: Trace | None = getattr(request.state, "trace", None)
     if trace is not None:
@@ -160,6 +162,7 @@ def parameters(variant: Variant, job: Job, done: Done) -> dict[str, Any]:
         "Seed": job.seed,
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.weights.variant}",
+        **images.styles(job.weights),
     }
     if job.strength is not None:
         found["Denoising strength"] = job.strength

@@ -67,6 +67,7 @@ def _order(body: GenerateRequest, owner: str, image: Bitmap | None, mask: Bitmap
         owner=owner,
         prompt=body.prompt,
         variant=body.variant,
+        styles=tuple((each.name, each.scale) for each in body.loras or ()),
         negative_prompt=body.negative_prompt,
         guidance=body.guidance_scale,
         steps=body.steps,

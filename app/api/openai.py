@@ -27,14 +27,14 @@ from app.api.compat import (
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import as_base64, as_json, draw, make_file, preview_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
-from app.api.schemas import File, OutputFormat, refusal
+from app.api.schemas import File, Lora, OutputFormat, refusal
 from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Waiting
 from app.errors import Problem
 from app.http.limits import PictureRoute
 from app.images import MEDIA_TYPES
-from app.order import Order
+from app.order import MOST_STYLES, Order
 from app.uploads import transparent_is_white
 from models.catalog import Variant
 
@@ -47,7 +47,6 @@ NAMES = {"variant": "model", "steps": "num_inference_steps", "width": "size", "h
 IMPOSSIBLE = {
     "markup": "is not read: send a mask",
     "svg": "cannot be made: pictures are made of pixels",
-    "loras": "are not served here",
 }
 REFUSALS = declare(400, 404, 408, 413, 415, 429, 500, 503, 504, shape=OPENAI_ERROR)
 EDITS_FORM = {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/EditsRequest"}}}}
@@ -75,6 +74,7 @@ class ImagesRequest(Tolerant):
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = Field(None, ge=0)
     negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT)
+    loras: list[Lora] = Field([], max_length=MOST_STYLES)
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +94,7 @@ class ImagesRequest(Tolerant):
             owner=owner,
             prompt=self.prompt,
             variant=variant,
+            styles=tuple((each.name, each.scale) for each in self.loras),
             negative_prompt=self.negative_prompt or None,
             guidance=self.guidance_scale,
             steps=steps,

@@ -17,12 +17,21 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
+from app.order import MOST_STYLES, PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 File = Annotated[  # bytes: a form's
     StrictStr | StrictBytes, WithJsonSchema({"type": "string", "contentEncoding": "base64"})
 ]
+
+
+class Lora(BaseModel):
+    """A style and how much of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: StrictStr = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="as GET /v1/loras lists it")
+    scale: StrictFloat = Field(1.0, ge=-2, le=2, description="how much of it, in steps of 0.01")
 
 
 class GenerateRequest(BaseModel):
@@ -49,6 +58,7 @@ class GenerateRequest(BaseModel):
         max_length=64,
         description="weights by name, as GET /v1/models lists them, e.g. 4step-lora",
     )
+    loras: list[Lora] | None = Field(None, max_length=MOST_STYLES, description="styles on top, each named once")
     n: StrictInt = Field(1, ge=1, le=8, description="number of pictures; picture k has seed + k")
     seed: StrictInt | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     width: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the image's or the model's if absent")
@@ -154,6 +164,22 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class LoraCard(BaseModel):
+    """A style in OpenAI's list format: created is when its file was written, size is in bytes."""
+
+    id: str
+    object: Literal["lora"] = "lora"
+    created: int
+    size: int
+
+
+class LoraList(BaseModel):
+    """In the shape of OpenAI's list of models."""
+
+    object: Literal["list"] = "list"
+    data: list[LoraCard]
 
 
 class Live(BaseModel):

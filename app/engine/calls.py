@@ -47,7 +47,7 @@ class Running:
     def done(self, pixels: bytes) -> Done:
         """What its client is told."""
         assert self.conditioning is not None
-        drawn = (self.job.id, self.job.weights.variant, self.job.height, self.job.width, pixels)
+        drawn = (self.job.id, self.job.weights, self.job.height, self.job.width, pixels)
         text = (self.conditioning.tokens, self.conditioning.truncated)
         return Done(*drawn, self.seconds, self.batches, *text, self.marks)
 

@@ -18,7 +18,7 @@ class Costs(msgspec.Struct, frozen=True, dict=True):
 
     step, decode: seconds by batch size, from 1 up. pixels: of the measured pictures; other sizes are priced in
     proportion. encode: seconds to encode one prompt; picture: one picture of these pixels, to draw over. workers: calls
-    that the device makes at a time.
+    that the device makes at a time. style: seconds to make a weight set with styles; held: those that are there.
     """
 
     step: dict[int, float]
@@ -27,6 +27,8 @@ class Costs(msgspec.Struct, frozen=True, dict=True):
     pixels: int
     workers: int = 1
     picture: float = 0.0
+    style: float = 0.0
+    held: frozenset[Weights] = frozenset()
 
     def step_seconds(self, batch: int, pixels: int) -> float:
         """What one UNet call on `batch` rows takes."""
@@ -39,6 +41,10 @@ class Costs(msgspec.Struct, frozen=True, dict=True):
     def picture_seconds(self, row: Row) -> float:
         """What encoding the picture that a row draws over takes, where that is still to be done."""
         return self.picture * row.pixels / self.pixels if row.source is not None and not row.is_encoded else 0.0
+
+    def style_seconds(self, row: Row) -> float:
+        """What making a row's weight set takes, where it has styles and is not there."""
+        return self.style if row.weights.is_styled and row.weights not in self.held else 0.0
 
     @cached_property
     def best_batch(self) -> int:
@@ -53,7 +59,8 @@ class Costs(msgspec.Struct, frozen=True, dict=True):
     def alone(self, row: Row) -> float:
         """The least time from now to the row's picture, if it had the device for itself."""
         steps = row.steps_left * self.step_seconds(row.count, row.pixels)
-        return self.picture_seconds(row) + steps + self.decode_seconds(1, row.pixels)
+        first = self.style_seconds(row) + self.picture_seconds(row)
+        return first + steps + self.decode_seconds(1, row.pixels)
 
     def patience(self, stage: str, pictures: int, pixels: int) -> float:
         """Seconds after which a call of a stage has hung."""
@@ -78,9 +85,10 @@ class Costs(msgspec.Struct, frozen=True, dict=True):
             decodes = min(len(group), self.best_decode_batch)
             step = self.step_seconds(batch, pixels) / batch
             decode = self.decode_seconds(decodes, pixels) / decodes + self.encode
+            style = self.style_seconds(group[0]) / len(group)
             for row in group:
                 once = self.picture_seconds(row) if row.source == row.id else 0.0  # for all that draw over it
-                shares[row.id] = (once + row.count * row.steps_left * step + decode) / self.workers
+                shares[row.id] = (style + once + row.count * row.steps_left * step + decode) / self.workers
         return shares
 
     def wait(self, row: Row, before: Sequence[Row]) -> float:
@@ -113,6 +121,7 @@ class Costs(msgspec.Struct, frozen=True, dict=True):
             decode={batch: seconds * by for batch, seconds in self.decode.items()},
             encode=self.encode * by,
             picture=self.picture * by,
+            style=self.style * by,
         )
 
     def joined(self, other: "Costs") -> "Costs":

@@ -19,6 +19,7 @@ from app.engine.messages import (
     Failed,
     Fatal,
     FromEngine,
+    Loaded,
     Preview,
     Ready,
     Report,
@@ -30,11 +31,12 @@ from app.engine.process import EngineProcess
 from app.engine.queue import Accepted, Event, Queue, Waiting
 from app.errors import CAUSES, FAILED, Problem
 from app.logs import STDERR
-from app.metrics import Metrics
+from app.metrics import Metrics, labels
 
 log = logging.getLogger("app.engine")
 
-EXPECTED = ("EXPIRED", "LOADING", "UNAVAILABLE")  # nobody's fault, or logged where it happened: no line in the log
+# Nobody's fault, or logged where it happened: no line in the log.
+EXPECTED = ("EXPIRED", "LOADING", "UNAVAILABLE", "BAD_STYLE", "STYLE_GONE")
 STATES = ("on disk", "failed", "loading", "resident")  # of a variant, the best last
 MOST_DEATHS = 2  # of engines that were working on a picture: it is what they died of
 
@@ -209,11 +211,14 @@ class Fleet:
         match message:
             case Ready():
                 self._place_orphans()
+            case Loaded():
+                if message.weights.is_styled:
+                    self.metrics.style_load.observe(message.seconds)
             case Worked():
                 self._count(message)
             case Done(id):
                 if self._queue.settle(id, message):
-                    self.metrics.images.labels(message.variant).inc()
+                    self.metrics.images.labels(*labels(message.weights)).inc()
                     self.metrics.queue.observe(message.seconds.get("queue", 0.0))
                 self._place_orphans()
             case Preview():
@@ -221,7 +226,8 @@ class Fleet:
             case Failed(id, cause, detail):
                 if cause not in EXPECTED:
                     log.error("job %d failed: %s %s", id, cause, detail)
-                self._queue.settle(id, Problem(CAUSES.get(cause, FAILED)))
+                shown = detail if cause == "BAD_STYLE" else None  # it says what to change, and no path
+                self._queue.settle(id, Problem(CAUSES.get(cause, FAILED), shown))
                 self._place_orphans()
             case Fatal(reason):
                 if self.fatal is not None:
@@ -232,7 +238,7 @@ class Fleet:
     def _count(self, worked: Worked) -> None:
         self.metrics.stages[worked.stage].observe(worked.seconds)
         if worked.stage == "denoise":
-            self.metrics.batch.labels(worked.weights.variant).observe(worked.rows)
+            self.metrics.batch.labels(*labels(worked.weights)).observe(worked.rows)
             self._queue.stepped(worked.ids)
 
 

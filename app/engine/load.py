@@ -17,6 +17,7 @@ from models.device import Device, NoDevice
 from models.gpu.device import Gpu
 from models.pipeline import Pipeline
 from models.registry import OverBudget, Registry
+from models.styles import folder_of
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 WORKERS = 2  # calls at a time. CPU: of half the threads each. GPU: one steps, one decodes
@@ -89,8 +90,9 @@ def _open_model(config: EngineConfig, workers: int) -> Model:
     with _part("tokenizer, text_encoder or vae"):
         pipeline = Pipeline(store, device, dtype)
     with _part("unet"):
+        styles = folder_of(store.family, Path(config.styles) if config.styles else None)
         unet = device.make_unet(store.config("unet"), dtype, config.fp8)
-        registry = Registry(store, device, dtype, device.tiers(config.host_budget, config.device_budget), unet)
+        registry = Registry(store, device, dtype, device.tiers(config.host_budget, config.device_budget), unet, styles)
     _load_first(registry, preload, store.variants_here() if config.preload is None else [])
     say("weights loaded", variants=_resident(registry))
     with _part("the networks as this device computes them"):

@@ -1,40 +1,47 @@
-"""Weights that are asked for and not there: each set is loaded in a thread of its own, while others are served."""
+"""Weights that are asked for and not there: one set at a time is loaded in a thread, while others are served."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
-from app.engine.messages import Held, VariantReport
+from app.engine.messages import FromEngine, Held, Loaded, VariantReport
 from app.errors import UNAVAILABLE
 from app.logs import say
 from models.catalog import Weights
 from models.registry import Registry
+from models.weightset import BadStyle, StyleGone
 
 
 class Loading:
-    """Which weight sets are being loaded now. post: runs a function under the loop's lock. failed: is told there of a
-    set that cannot be loaded, and why."""
+    """Which weight set is being loaded now. post: runs a function under the loop's lock. send: puts a message on the
+    wire. failed: is told, under the lock, of a set that cannot be loaded, the cause and the reason."""
 
     def __init__(
         self,
         registry: Registry,
         post: Callable[[Callable[[], None]], None],
-        failed: Callable[[Weights, str], None],
+        send: Callable[[FromEngine], None],
+        failed: Callable[[Weights, str, str], None],
     ) -> None:
-        self.registry, self._post, self._failed = registry, post, failed
-        self._threads: dict[Weights, threading.Thread] = {}
-        self._backing_off: dict[Weights, tuple[float, str]] = {}  # when each may be tried again, and why it failed
+        self.registry, self._post, self._send, self._failed = registry, post, send, failed
+        self._thread: threading.Thread | None = None
+        self._backing_off: dict[Weights, tuple[float, str, str]] = {}  # when each may be tried again; cause and reason
 
-    def ask(self, weights: Weights) -> None:
-        """Begin to load a set, unless that has begun; one that failed lately fails again at once. Under the lock."""
-        again, reason = self._backing_off.get(weights, (0.0, ""))
-        if time.monotonic() < again:
-            self._failed(weights, reason)
-        elif weights not in self._threads:
-            self._threads[weights] = threading.Thread(
-                target=self._load, args=(weights,), daemon=True, name=f"load {weights.variant}"
-            )
-            self._threads[weights].start()
+    def ask(self, missing: Collection[Weights], needed: Sequence[Weights]) -> None:
+        """Begin to load the most urgent of the missing sets, unless one is being loaded, or there is no room for it
+        beside those that are more urgent. One that failed lately fails again at once. needed: all that are waited for,
+        the most urgent first. Under the lock."""
+        now = time.monotonic()
+        self._backing_off = {each: found for each, found in self._backing_off.items() if now < found[0]}
+        for index, weights in enumerate(needed):
+            if weights in self._backing_off:
+                self._failed(weights, *self._backing_off[weights][1:])
+            elif weights in missing:
+                if self._thread is None and self.registry.has_room(needed[:index]):
+                    arguments, name = (weights, needed), f"load {weights.variant}"
+                    self._thread = threading.Thread(target=self._load, args=arguments, daemon=True, name=name)
+                    self._thread.start()
+                return
 
     def variants(self) -> list[VariantReport]:
         """Each variant and where its weights are."""
@@ -45,23 +52,27 @@ class Loading:
         return [Held(weights, seconds) for weights, seconds in self.registry.held().items()]
 
     def join(self) -> None:
-        """Wait for the loads that have begun."""
-        for thread in list(self._threads.values()):
+        """Wait for the load that has begun."""
+        if (thread := self._thread) is not None:
             thread.join()
 
-    def _load(self, weights: Weights) -> None:
-        reason = None
+    def _load(self, weights: Weights, needed: Sequence[Weights]) -> None:
         try:
-            self.registry.load(weights)
+            left = self.registry.load(weights, needed)
         except Exception as error:
-            reason = str(error)
-        self._post(lambda: self._done(weights, reason))
-        if reason is not None:
-            say("weights cannot be loaded", level="error", weights=str(weights), reason=reason[:300])
+            cause = {BadStyle: "BAD_STYLE", StyleGone: "STYLE_GONE"}.get(type(error), "UNAVAILABLE")
+            failure = cause, str(error)
+            say("weights cannot be loaded", level="error", weights=str(weights), reason=str(error)[:300])
+            self._post(lambda: self._fail(weights, *failure))
+        else:
+            seconds = self.registry.style_seconds if weights.is_styled else self.registry.load_seconds
+            self._send(Loaded(weights, seconds, left))
+            self._post(self._end)
 
-    def _done(self, weights: Weights, reason: str | None) -> None:
-        self._threads.pop(weights, None)
-        self._backing_off.pop(weights, None)
-        if reason is not None:
-            self._backing_off[weights] = time.monotonic() + (UNAVAILABLE.retry_after or 0), reason
-            self._failed(weights, reason)
+    def _fail(self, weights: Weights, cause: str, reason: str) -> None:
+        self._end()
+        self._backing_off[weights] = time.monotonic() + (UNAVAILABLE.retry_after or 0), cause, reason
+        self._failed(weights, cause, reason)
+
+    def _end(self) -> None:
+        self._thread = None

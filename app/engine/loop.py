@@ -62,7 +62,7 @@ class Loop:
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._inbox: deque[Message] = deque()
-        self._loading = Loading(registry, self.post, self._fail_weights)
+        self._loading = Loading(registry, self.post, send, self._fail_weights)
         self._flying: list[Call] = []
         self._retries: list[Call] = []
         self._when_idle: deque[Call] = deque()
@@ -186,15 +186,15 @@ class Loop:
         todo = plan([row.row for row in self._resident_rows(now)], self.costs, now, workers, flying)
         for late in todo.refuse:
             self._fail(late.id, "EXPIRED")
-        if todo.encode:
-            rows = [self.board[row.id] for row in todo.encode]
-            return self._start(Call("encode", rows, partial(work.encode, self.pipeline), self._encoded))
-        if todo.decode:
-            rows = [self.board[row.id] for row in todo.decode]
-            return self._start(Call("decode", rows, partial(work.decode, self.pipeline), self._decoded))
-        if todo.step:
-            return self._start_step([self.board[row.id] for row in todo.step])
-        return None
+        encode, decode, step = ([self.board[row.id] for row in each] for each in (todo.encode, todo.decode, todo.step))
+        try:
+            if encode:
+                return self._start_encode(encode)
+            if decode:
+                return self._start(Call("decode", decode, partial(work.decode, self.pipeline), self._decoded))
+            return self._start_step(step) if step else None
+        except KeyError:
+            return None  # weights were evicted since the plan was made: the rows stay, and they are loaded again
 
     def _workers(self) -> Workers:
         device = self.pipeline.device
@@ -205,16 +205,17 @@ class Loop:
     def _resident_rows(self, now: float) -> list[Running]:
         """The rows that no call has and whose weights are here. Those of the others are loaded; a row that cannot wait
         for them any longer is told so."""
-        here = []
-        for running in list(self.board.values()):
-            if running.busy:
-                continue
+        here, missing = [], []
+        for running in [running for running in self.board.values() if not running.busy]:
             if self.registry.is_resident(running.job.weights):
                 here.append(running)
             elif now > running.job.deadline:
                 self._fail(running.job.id, "LOADING", running.job.weights.variant)
             else:
-                self._loading.ask(running.job.weights)
+                missing.append(running.job.weights)
+        if missing:
+            by_age = sorted(self.board.values(), key=lambda each: (each.job.deadline, each.job.id))
+            self._loading.ask(set(missing), list(dict.fromkeys(each.job.weights for each in by_age)))
         return here
 
     def _start(self, call: Call) -> Call:
@@ -224,11 +225,12 @@ class Loop:
         self.note(ids_in(self._flying))
         return call
 
-    def _start_step(self, rows: list[Running]) -> Call | None:
-        try:
-            unet = self.registry.use(rows[0].job.weights)
-        except KeyError:
-            return None  # evicted since the plan was made: the rows stay, and it is loaded again
+    def _start_encode(self, rows: list[Running]) -> Call:
+        factors = {row.job.weights: self.registry.text_factors(row.job.weights) for row in rows}
+        return self._start(Call("encode", rows, partial(work.encode, self.pipeline, factors), self._encoded))
+
+    def _start_step(self, rows: list[Running]) -> Call:
+        unet = self.registry.use(rows[0].job.weights)
         step = partial(work.denoise, self.pipeline, self.registry, unet, self.send)
         return self._start(Call("denoise", rows, step, self._stepped))
 
@@ -312,6 +314,6 @@ class Loop:
         if self.board.pop(id, None) is not None:
             self.send(Failed(id, cause, detail))
 
-    def _fail_weights(self, weights: Weights, reason: str) -> None:
+    def _fail_weights(self, weights: Weights, cause: str, reason: str) -> None:
         for running in [running for running in self.board.values() if running.job.weights == weights]:
-            self._fail(running.job.id, "UNAVAILABLE", reason)
+            self._fail(running.job.id, cause, reason)

@@ -11,7 +11,8 @@ from models.catalog import Weights
 
 class EngineConfig(msgspec.Struct, frozen=True):
     """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings.
-    catalogs: texts by path, as they were when the server was started, however often the engine is.
+    catalogs: texts by path, as they were when the server was started, however often the engine is. styles: the folder
+    of style LoRAs; None: the family's own.
     name: among several engines. gpu: the one that it sees, as CUDA_VISIBLE_DEVICES names it; None: as many as we do."""
 
     model: str | None
@@ -27,6 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     compile: bool
     fp8: bool
     cache: str
+    styles: str | None = None
     log_level: str = "info"
     name: str | None = None
     gpu: str | None = None
@@ -98,6 +100,14 @@ class Measured(msgspec.Struct, tag=True, frozen=True):
     costs: Costs
 
 
+class Loaded(msgspec.Struct, tag=True, frozen=True):
+    """A weight set was read into memory. seconds: what that took. left: what had to leave memory for it."""
+
+    weights: Weights
+    seconds: float
+    left: list[Weights]
+
+
 class Worked(msgspec.Struct, tag=True, frozen=True):
     """One call on the device. stage: "encode", "denoise" or "decode". ids: the pictures in it. rows: of the call."""
 
@@ -133,7 +143,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     prompt, whose end was not read where that is truncated."""
 
     id: Id
-    variant: str
+    weights: Weights
     height: int
     width: int
     pixels: bytes
@@ -159,4 +169,4 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Cancel | Ping
-FromEngine = Starting | Ready | Measured | Report | Worked | Preview | Done | Failed | Fatal
+FromEngine = Starting | Ready | Measured | Report | Loaded | Worked | Preview | Done | Failed | Fatal

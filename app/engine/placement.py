@@ -41,7 +41,8 @@ class EngineLoad:
         return {weights: (rows, self._seconds(rows)) for weights, rows in parts.items()}
 
     def _seconds(self, rows: Sequence[Row]) -> float:
-        return self.costs.work(rows) + self.switch.get(rows[0].weights, self.load)
+        load = 0.0 if rows[0].weights.is_styled else self.load  # the costs have it for those with styles
+        return self.costs.work(rows) + self.switch.get(rows[0].weights, load)
 
 
 def place(new: Sequence[Row], engines: Sequence[EngineLoad]) -> list[list[Row]]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from app.engine.messages import (
     EngineConfig,
     Fatal,
     FromEngine,
+    Held,
+    Loaded,
     Measured,
     Ping,
     Ready,
@@ -99,6 +102,7 @@ class EngineProcess:
         self._spare = Spare()
         self._drift = 1.0
         self._in_use: Weights | None = None
+        self._style = 0.0  # seconds to make a weight set with styles, the least so far
         self._flight = Flight()
         self._last_answer = 0.0
         self._unanswered = 0
@@ -136,7 +140,8 @@ class EngineProcess:
         switch = {each.weights: each.seconds for each in self.report.held}
         if self._in_use in switch:
             switch[self._in_use] = 0.0
-        return EngineLoad(rows, self.costs.scaled(self._drift), switch, self.report.load)
+        costs = msgspec.structs.replace(self.costs.scaled(self._drift), style=self._style, held=frozenset(switch))
+        return EngineLoad(rows, costs, switch, self.report.load)
 
     async def _supervise(self) -> None:
         in_row, deaths = 0, list[float]()
@@ -244,6 +249,9 @@ class EngineProcess:
             case Report():
                 self.report, self._last_answer, self._unanswered = message, time.monotonic(), 0
                 STDERR.count_dropped(message.log_lines_dropped)
+            case Loaded():
+                self._note_load(message)
+                self._hear(message)
             case Fatal(reason):
                 if self._has_served:
                     log.error("the engine cannot start: %s", reason, extra=self._whose)
@@ -255,3 +263,12 @@ class EngineProcess:
                     self._drift = min(10.0, max(0.5, (1 - LEARN) * self._drift + LEARN * times))
                     self._in_use = message.weights
                 self._hear(message)
+
+    def _note_load(self, loaded: Loaded) -> None:
+        """What the engine holds from now on: the next report says the same, up to a second later."""
+        if loaded.weights.is_styled:
+            self._style = min(loaded.seconds, self._style or math.inf)
+        if self.report is not None:
+            gone = {loaded.weights, *loaded.left}
+            held = [*(each for each in self.report.held if each.weights not in gone), Held(loaded.weights, 0.0)]
+            self.report = msgspec.structs.replace(self.report, held=held)

@@ -1,6 +1,6 @@
 """What a call does on the device, for all its rows together: prompts to conditioning, a step, latents to pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -8,28 +8,40 @@ from torch import Tensor
 from app.engine.calls import Running
 from app.engine.jobs import Job, Source
 from app.engine.messages import Preview
-from models.modules import UNetFunction
+from models.catalog import Style, Weights
+from models.modules import UNetFunction, WeightSet
 from models.original import Original
 from models.pipeline import Pipeline
-from models.prompts import Conditioning
+from models.prompts import Conditioning, Prompts
 from models.registry import Registry
 
 
-def encode(pipeline: Pipeline, rows: list[Running]) -> list[Conditioning]:
+def encode(pipeline: Pipeline, factors: Mapping[Weights, WeightSet], rows: list[Running]) -> list[Conditioning]:
     """Each row's prompt, guided away from its negative one where it is guided, and the picture that all of them draw
-    over, if they do."""
+    over, if they do. Rows share a call of the text encoders where the same is added to those. factors: what that is."""
     first, source = rows[0].job, rows[0].source
     if source is not None:
         original = look(pipeline, first, source)
         for row in rows:
             row.original, row.source = original, None
-    jobs = [row.job for row in rows]
+    groups: dict[tuple[Style, ...], list[Job]] = {}
+    for job in (row.job for row in rows):
+        groups.setdefault(job.weights.styles if factors[job.weights] else (), []).append(job)
+    found: dict[int, Conditioning] = {}
+    for jobs in groups.values():
+        weights = jobs[0].weights
+        encoded = _encode(pipeline.prompts_for(weights, factors[weights]), jobs)
+        found.update({job.id: each for job, each in zip(jobs, encoded, strict=True)})
+    return [found[row.job.id] for row in rows]
+
+
+def _encode(prompts: Prompts, jobs: list[Job]) -> list[Conditioning]:
     negative = [job for job in jobs if job.guidance > 1 and job.negative_prompt is not None]
     texts = [*(job.prompt for job in jobs), *(job.negative_prompt or "" for job in negative)]
-    found = pipeline.prompts.encode(texts, [job.owner for job in (*jobs, *negative)])
+    found = prompts.encode(texts, [job.owner for job in (*jobs, *negative)])
     away = dict(zip((job.id for job in negative), found[len(jobs) :], strict=True))
     return [
-        pipeline.prompts.guide(each, away.get(job.id), job.guidance) if job.guidance > 1 else each
+        prompts.guide(each, away.get(job.id), job.guidance) if job.guidance > 1 else each
         for job, each in zip(jobs, found, strict=False)
     ]
 

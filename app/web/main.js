@@ -127,7 +127,7 @@ function settings() {
 
 function restore(chosen) {
   for (const id of ["prompt", "seed", "count", "style", "scale", "guidance", "negative", "strength"]) {
-    if (chosen?.[id] !== undefined && chosen[id] !== "") $(id).value = chosen[id];
+    if (chosen?.[id] !== undefined) $(id).value = chosen[id]; // "" too: no style, no negative prompt
   }
   $("lock").checked = chosen?.lock ?? true;
   $("scale-field").hidden = !$("style").value;
@@ -150,7 +150,7 @@ const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1; // ro
 /** One request per step count, or one for several pictures. */
 function bodies(chosen) {
   const shared = { prompt: chosen.prompt.trim(), seed: Number(chosen.seed) };
-  if (chosen.style) shared.loras = [{ name: chosen.style, scale: Number(chosen.scale) }];
+  if (chosen.style) shared.loras = [{ name: chosen.style, scale: Number(chosen.scale || 1) }];
   if (!$("guidance-field").hidden && chosen.guidance) shared.guidance_scale = Number(chosen.guidance);
   if (!$("negative-field").hidden && chosen.negative.trim()) shared.negative_prompt = chosen.negative.trim();
   if (dropped) Object.assign(shared, { image: dropped.base64, strength: Number(chosen.strength) });

@@ -6,15 +6,15 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache, partial
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from models.cpu import networks
-from models.cpu.graphs import Compiler, Graph
+from models.cpu.graphs import Bound, Compiler, Graph, Rows
 from models.cpu.layers import Node
 from models.device import Device
 from models.modules import UNetFunction, WeightSet
@@ -71,15 +71,26 @@ class Cpu(Device):
             mean, std = look(pictures)
             return mean, std
 
-        def bind(weight_set: WeightSet) -> UNetFunction:
-            def graph(chunks: int) -> Graph:
-                return make(partial(networks.unet, weight_set, unet, dtype, side, chunks * length))
+        def network(weights: Mapping[str, Tensor | torch.Size], chunks: int) -> Callable[[int], Node]:
+            return partial(networks.unet, weights, unet, dtype, side, chunks * length)
 
-            return _unet(graph, length, unet)
+        @cache
+        def shared(chunks: int) -> Graph:
+            shapes = {name: tensor.shape for name, tensor in registry.unet.unet.state_dict().items()}
+            graph = Graph(network(shapes, chunks), self._compiler, self._want_more)
+            graph.add(1)
+            return graph
+
+        def bind(weight_set: WeightSet, is_styled: bool) -> UNetFunction:
+            if not is_styled:
+                return _unet(lambda chunks: make(network(weight_set, chunks)), length, unet)
+            bound = Bound(weight_set)
+            return _unet(lambda chunks: partial(shared(chunks), bound=bound), length, unet)
 
         pipeline.text, pipeline.encoder, pipeline.decoder = encode, moments, picture
         registry.use_compiled(bind)
         self.first_call_is_typical = False  # it compiles
+        self.layout = torch.contiguous_format  # as Bound reads them
         return {}
 
     def later(self, registry: Registry, done: Callable[[], None]) -> None:
@@ -120,7 +131,7 @@ class Cpu(Device):
                 done()
 
 
-def _unet(make: Callable[[int], Graph], length: int, config: networks.Config) -> UNetFunction:
+def _unet(make: Callable[[int], Callable[..., Rows]], length: int, config: networks.Config) -> UNetFunction:
     """Graphs for prompts of 1, 2, ... chunks of `length`, with the plain arguments of models.modules.UNet."""
     graphs = {1: make(1)}
     channels, added = config["block_out_channels"][0], config["addition_time_embed_dim"]

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -34,11 +34,13 @@ class Compiler:
         first = self._core.compile_model(model, "CPU", self._options)
         blob = first.export_model().getvalue() if self._workers > 1 else b""
         calls = [Call(first)]
-        rows = calls[0].example(0)
-        expected = calls[0](rows)
+        rows, bound = calls[0].example(0)
+        expected = calls[0](rows, bound)
         for _ in range(1, self._workers):
             other = Call(self._core.import_model(BytesIO(blob), "CPU", self._options))
-            if not is_same(other(rows), expected):  # an import may lay out float32 otherwise, and add in another order
+            if not is_same(
+                other(rows, bound), expected
+            ):  # an import may lay out float32 otherwise, and add in another order
                 other = Call(self._core.compile_model(model, "CPU", self._options))
             calls.append(other)
         return Compiled(calls)
@@ -53,13 +55,21 @@ class Compiled:
             self._free.put(call)
         self.example = calls[0].example
 
-    def __call__(self, rows: Rows) -> Rows:
-        """rows: at most the batch size. What comes back are copies."""
+    def __call__(self, rows: Rows, bound: "Bound | None" = None) -> Rows:
+        """rows: at most the batch size. bound: the weights, where those are inputs. What comes back are copies."""
         call = self._free.get()
         try:
-            return call(rows)
+            return call(rows, bound)
         finally:
             self._free.put(call)
+
+
+class Bound:
+    """A weight set for graphs whose weights are inputs; they are read where they lie."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        self.inputs = {name: as_ov(tensor) for name, tensor in self._tensors.items()}
 
 
 class Call:
@@ -67,25 +77,33 @@ class Call:
 
     def __init__(self, compiled: Any) -> None:
         self._request = compiled.create_infer_request()
-        self._inputs, self._outputs = (
-            [_empty(port) for port in ports] for ports in (compiled.inputs, compiled.outputs)
-        )
+        self._inputs = [_empty(port) for port in compiled.inputs if not _weight(port)]
+        self._outputs = [_empty(port) for port in compiled.outputs]
+        self._weights = [(_weight(port), port) for port in compiled.inputs[len(self._inputs) :]]
+        self._bound: Bound | None = None
         for index, tensor in enumerate(self._inputs):
             self._request.set_input_tensor(index, as_ov(tensor))
         for index, tensor in enumerate(self._outputs):
             self._request.set_output_tensor(index, as_ov(tensor))
 
-    def example(self, seed: int) -> Rows:
-        """Inputs unlike each other."""
+    def example(self, seed: int) -> tuple[Rows, "Bound | None"]:
+        """Inputs unlike each other, and weights, where those are inputs."""
         random = torch.Generator().manual_seed(seed)
-        return tuple(
+        rows = tuple(
             torch.randint(0, 16, each.shape, generator=random)
             if each.dtype is torch.int64
             else torch.randn(each.shape, generator=random).to(each.dtype)
             for each in self._inputs
         )
+        empty = {name: _empty(port) for name, port in self._weights}
+        weights = {name: torch.randn(each.shape, generator=random).to(each.dtype) for name, each in empty.items()}
+        return rows, Bound(weights) if weights else None
 
-    def __call__(self, rows: Rows) -> Rows:
+    def __call__(self, rows: Rows, bound: "Bound | None") -> Rows:
+        if bound is not None and bound is not self._bound:
+            for index, (name, _) in enumerate(self._weights, len(self._inputs)):
+                self._request.set_input_tensor(index, bound.inputs[name])
+            self._bound = bound
         count = len(rows[0])
         for buffer, tensor in zip(self._inputs, rows, strict=True):
             buffer[:count].copy_(tensor)  # rows above keep what they held
@@ -101,19 +119,21 @@ class Graph:
         self._make, self._compiler, self._called = make, compiler, called
         self._sizes: dict[int, Compiled] = {}
         self._is_new = True
+        self._bound: Bound | None = None  # the first, to compare sizes by
         self._lock = threading.Lock()  # of compiling
 
     @torch.inference_mode()
-    def __call__(self, *rows: Tensor) -> Rows:
-        """What the network computes from rows (B, ...) of any B, row for row the same bytes as alone."""
+    def __call__(self, *rows: Tensor, bound: Bound | None = None) -> Rows:
+        """What the network computes from rows (B, ...) of any B, row for row the same bytes as alone. bound: the
+        weights, where those are inputs."""
         if 1 not in self._sizes:
             self.add(1)
         if self._is_new:
-            self._is_new = False
+            self._is_new, self._bound = False, bound
             self._called(self)
         parts, start = [], 0
         for size in split(len(rows[0]), list(self._sizes)):
-            parts.append(self._sizes[size](tuple(each[start : start + size] for each in rows)))
+            parts.append(self._sizes[size](tuple(each[start : start + size] for each in rows), bound))
             start += size
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -124,18 +144,18 @@ class Graph:
             if size in self._sizes:
                 return True
             compiled = self._compiler(self._make(size))
-            if size > 1 and not is_row_by_row(compiled, self._sizes[1], size):
+            if size > 1 and not is_row_by_row(compiled, self._sizes[1], size, self._bound):
                 return False
             self._sizes[size] = compiled
             return True
 
 
-def is_row_by_row(compiled: Compiled, alone: Compiled, size: int) -> bool:
+def is_row_by_row(compiled: Compiled, alone: Compiled, size: int, bound: Bound | None) -> bool:
     """Whether each of `size` rows comes out as from `alone`, bit for bit, in every place of the batch."""
-    rows = compiled.example(size)
-    single = [alone(tuple(each[row : row + 1] for each in rows)) for row in range(size)]
+    rows, _ = compiled.example(size)
+    single = [alone(tuple(each[row : row + 1] for each in rows), bound) for row in range(size)]
     expected = [torch.cat(each) for each in zip(*single, strict=True)]
-    return is_same(compiled(rows), expected)
+    return is_same(compiled(rows, bound), expected)
 
 
 def is_same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
@@ -151,6 +171,12 @@ def split(rows: int, sizes: list[int]) -> list[int]:
     for size in sorted(sizes, reverse=True):
         taken += [size] * ((rows - sum(taken)) // size)
     return taken
+
+
+def _weight(port: Any) -> str:
+    """The name of the weight that an input is; "" for rows."""
+    name = str(port.get_any_name())
+    return name if name.endswith((".weight", ".bias")) else ""
 
 
 def _empty(port: Any) -> Tensor:

@@ -31,20 +31,27 @@ def as_ov(tensor: Tensor) -> Any:
 class Layers:
     """Layers over one weight set, for one batch size. Images are (B, C, H, W), sequences (B, L, C).
 
-    weights: by the names of the modules' state. Raises KeyError, with the name, for one that is missing.
+    weights: by the names of the modules' state; where only a shape is given, the weight becomes an input of the graph,
+    one of `inputs`, which bears its name. Raises KeyError, with the name, for one that is missing.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype, batch: int) -> None:
+    def __init__(self, weights: Mapping[str, Tensor | torch.Size], dtype: torch.dtype, batch: int) -> None:
         self.weights, self.dtype, self.batch = weights, dtype, batch
+        self.inputs: dict[str, Node] = {}
 
     def input(self, *shape: int, dtype: torch.dtype | None = None) -> Node:
         """A parameter of the graph, (batch, *shape)."""
         return op.parameter([self.batch, *shape], TYPES[dtype or self.dtype])
 
     def weight(self, name: str, *shape: int) -> Node:
-        """A constant, in another shape if that is given."""
-        tensor = self.weights[name].to(self.dtype)
-        return self.constant(tensor.reshape(shape) if shape else tensor)
+        """A weight, in another shape if that is given."""
+        found = self.weights[name]
+        if isinstance(found, Tensor):
+            return self.constant(found.to(self.dtype).reshape(shape or found.shape))
+        if name not in self.inputs:
+            self.inputs[name] = op.parameter(list(found), TYPES[self.dtype])
+            self.inputs[name].output(0).set_names({name})
+        return _reshape(self.inputs[name], list(shape)) if shape else self.inputs[name]
 
     def constant(self, tensor: Tensor) -> Node:
         """A constant in the tensor's own dtype, with a copy of its numbers: OpenVINO keeps no tensor of torch's."""
@@ -75,11 +82,20 @@ class Layers:
         weight = self.weight(f"{name}.weight")
         pad = [_shape(weight)[-1] // 2] * 2
         out = op.convolution(x, weight, [stride, stride], pad if before is None else [before] * 2, pad, [1, 1])
-        return op.add(out, self.weight(f"{name}.bias", 1, -1, 1, 1))
+        bias = self.weight(f"{name}.bias", 1, -1, 1, 1)
+        if f"{name}.bias" not in self.inputs:
+            return op.add(out, bias)
+        return self.narrow(op.add(self.wide(out), self.wide(bias)))  # as an input in bfloat16 it costs another layout
 
     def upsample(self, x: Node, name: str) -> Node:
-        """conv3x3(nearest x2(x)) as one 4 x 4 transposed convolution of stride 2: 16 products per pixel, not 36."""
-        weight = torch.einsum("oiyx,ay,bx->ioab", self.weights[f"{name}.weight"].float(), FOLD, FOLD)
+        """conv3x3(nearest x2(x)) as one 4 x 4 transposed convolution of stride 2: 16 products per pixel, not 36. As an
+        input the folded weight would take longer."""
+        found = self.weights[f"{name}.weight"]
+        if not isinstance(found, Tensor):
+            how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "axes": np.array([2, 3])}
+            doubled = op.interpolate(x, np.array([2 * side for side in _shape(x)[2:]]), "nearest", "sizes", **how)
+            return self.conv(doubled, name)
+        weight = torch.einsum("oiyx,ay,bx->ioab", found.float(), FOLD, FOLD)
         out = op.convolution_backprop_data(
             x, self.constant(weight.to(self.dtype)), strides=[2, 2], pads_begin=[1, 1], pads_end=[1, 1]
         )

@@ -46,9 +46,11 @@ def can_be_built(unet: Config, vae: Config, text: Sequence[Config]) -> bool:
     )
 
 
-def unet(weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype, side: int, length: int, batch: int) -> Node:
+def unet(
+    weights: Mapping[str, Tensor | torch.Size], config: Config, dtype: torch.dtype, side: int, length: int, batch: int
+) -> Node:
     """Inputs: latents (B, 4, side, side), time features (B, C0), prompt_embeds (B, length, C), pooled and time_ids'
-    features (B, P). Output: (B, 4, side, side)."""
+    features (B, P), then the weights of which only the shape is given. Output: (B, 4, side, side)."""
     layers = Layers(weights, dtype, batch)
     groups, eps, channels = config["norm_num_groups"], config["norm_eps"], config["block_out_channels"]
     heads = _per_block(config["attention_head_dim"], channels)  # what diffusers calls so is how many there are
@@ -85,7 +87,7 @@ def unet(weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype, side
         if level < last:
             x = layers.upsample(x, f"up_blocks.{level}.upsamplers.0.conv")
     out = layers.conv(layers.silu(layers.group_norm(x, "conv_norm_out", groups, eps)), "conv_out")
-    return ov.Model([out], [latents, time, text, added], "unet")
+    return ov.Model([out], [latents, time, text, added, *layers.inputs.values()], "unet")
 
 
 def decoder(weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype, side: int, batch: int) -> Node:

@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 import webuiapi
-from PIL import Image
+from PIL import Image, ImageChops
 
 from tests.conftest import APPLE
 
@@ -83,8 +83,16 @@ def test_webuiapis_lists_and_waits_work(api):
     assert api.util_get_sampler_names() == ["Euler"]
     assert api.util_get_scheduler_names() == ["sgm_uniform"]
     api.util_wait_for_ready()
-    assert (api.get_loras(), api.get_sd_vae(), api.get_upscalers(), api.get_embeddings()["loaded"]) == ([], [], [], {})
+    assert [each["name"] for each in api.get_loras()] == ["line"]
+    assert (api.get_sd_vae(), api.get_upscalers(), api.get_embeddings()["loaded"]) == ([], [], {})
     assert (api.interrupt(), api.skip(), api.get_cmd_flags(), api.get_memory()["ram"]) == ({}, {}, {}, {})
+
+
+def test_a_style_is_named_in_the_prompt(api):
+    plain = api.txt2img(prompt=PROMPT, seed=7).image
+    styled = api.txt2img(prompt=f"{PROMPT} <lora:line:0.8>", seed=7)
+    assert ImageChops.difference(plain, styled.image).getextrema() != ImageChops.difference(plain, plain).getextrema()
+    assert "Styles: line:0.8" in styled.info["infotexts"][0]
 
 
 def test_a_checkpoint_is_chosen_for_all_requests_or_for_one(api, server):

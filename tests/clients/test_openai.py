@@ -45,10 +45,11 @@ def test_the_sdk_draws_in_its_defaults(client):
     assert answer.data[0].url is None
 
 
-def test_a_seed_gives_the_picture_of_generate(client, server):
-    extra = {"seed": 7, "num_inference_steps": 2}
+@pytest.mark.parametrize("loras", [[], [{"name": "line", "scale": 0.8}]])
+def test_a_seed_gives_the_picture_of_generate(client, server, loras):
+    extra = {"seed": 7, "num_inference_steps": 2, "loras": loras}
     answer = client.images.generate(prompt=PROMPT, n=2, extra_body=extra)
-    ours = server.generate(steps=2, n=2).json()
+    ours = server.generate(steps=2, n=2, loras=loras).json()
     assert [each.seed for each in answer.data] == [7, 8]
     for theirs, mine in zip(answer.data, ours["images"], strict=True):
         assert_same(theirs.b64_json, mine["b64_json"])

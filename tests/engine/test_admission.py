@@ -5,13 +5,14 @@ import random
 from dataclasses import dataclass, replace
 
 import pytest
+from msgspec.structs import replace as replace_cost
 
 from app.engine.admission import Admission, Refusal
 from app.engine.costs import Costs
 from app.engine.jobs import Row
 from app.engine.placement import EngineLoad, place
 from app.engine.scheduler import plan
-from models.catalog import Weights
+from models.catalog import Style, Weights
 
 COSTS = Costs(step={1: 0.010, 2: 0.013, 4: 0.020, 8: 0.032}, decode={1: 0.01, 8: 0.05}, encode=0.001, pixels=128 * 128)
 CAPACITY = 8 / (4 * COSTS.step_seconds(8, 128 * 128) + COSTS.decode_seconds(8, 128 * 128) + 8 * COSTS.encode)
@@ -182,3 +183,17 @@ def work_until_done(rows: list[Row]) -> float:
         now += COSTS.step_seconds(len(todo.step), 128 * 128) if todo.step else 0
         now += COSTS.decode_seconds(len(todo.decode), 128 * 128) if todo.decode else 0
     return now
+
+
+def test_styles_that_must_be_added_first_are_a_part_of_the_price():
+    def styled(id: int, deadline: float = 30.0) -> Row:
+        return replace(row(id, deadline), weights=Weights("4step-unet", (Style("line", 0.8),)))
+
+    missing = replace_cost(COSTS, style=0.3)
+    here = replace_cost(missing, held=frozenset([styled(0).weights]))
+    assert missing.alone(styled(0)) == pytest.approx(here.alone(styled(0)) + 0.3)
+    alike = [styled(id) for id in range(4)]
+    assert missing.work(alike) == pytest.approx(here.work(alike) + 0.3)  # once for all of them
+    for costs, is_in in ((missing, False), (here, True)):
+        refusal = Admission(limit=256).ask([[styled(0, deadline=0.3)]], [EngineLoad([], costs)], 0.0, who="a")
+        assert (refusal is None) == is_in

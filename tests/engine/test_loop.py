@@ -11,17 +11,18 @@ from safetensors.torch import load_file, save_file
 from app.engine.costs import Costs
 from app.engine.jobs import Job, Source
 from app.engine.loop import Loop
-from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Preview, Report, Submit
+from app.engine.messages import Cancel, Done, Failed, FromEngine, Loaded, Measured, Ping, Preview, Report, Submit
 from app.engine.queue import Queue, Stepped
 from app.errors import UNAVAILABLE
-from models.catalog import CATALOG, Weights
+from models.catalog import CATALOG, Style, Weights
 from models.device import Device, Tier
 from models.pipeline import Pipeline
 from models.registry import Registry
+from models.styles import Styles
 from models.weights import WeightStore
 from tests.conftest import eventually
 from tests.engine.conftest import running
-from tests.models import oracle
+from tests.models import loras, oracle
 
 FAMILY = CATALOG["embedded"]
 COSTS = Costs(step={1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, decode={1: 0.01, 8: 0.02}, encode=0.0, pixels=128 * 128)
@@ -53,9 +54,9 @@ def pictures(sent: Sent) -> list[torch.Tensor]:
     return [torch.frombuffer(bytearray(message.pixels), dtype=torch.uint8).int() for message in done]
 
 
-def make_loop(pipeline: Pipeline, *resident: str, directory=None, budgets=(1 << 40,)) -> tuple[Loop, Sent]:
+def make_loop(pipeline: Pipeline, *resident: str, directory=None, budgets=(1 << 40,), styles=None) -> tuple[Loop, Sent]:
     tiers = [Tier("cpu", budget) for budget in budgets]
-    registry = Registry(WeightStore(FAMILY, directory), Device(), torch.float32, tiers)
+    registry = Registry(WeightStore(FAMILY, directory), Device(), torch.float32, tiers, styles=styles)
     for name in resident:
         registry.load(Weights(name))
     sent = Sent()
@@ -175,6 +176,22 @@ def test_a_variant_is_loaded_at_its_first_request_while_others_are_served(pipeli
     assert loop.registry.is_resident(Weights("4step-lora"))
 
 
+def test_styles_that_do_not_fit_into_memory_together_are_all_drawn(pipeline, tmp_path):
+    """There is room for the variant and one styled set: nobody's is taken away by a row that came later."""
+    for seed in range(5):
+        loras.write(tmp_path, str(seed), loras.kohya(loras.factors({"unet": loras.layers("unet", "l")}, seed)))
+    files = Styles(tmp_path).find("01234", FAMILY)
+    styles = [Weights("2step-unet", (Style(name, 1.0, files[name].id),)) for name in "01234"]
+    one_set = make_loop(pipeline)[0].registry.bytes_of_a_set
+    loop, sent = make_loop(pipeline, "2step-unet", budgets=[int(2.2 * one_set)], styles=tmp_path)
+    loop.post(Submit([msgspec.structs.replace(job(id), weights=styles[id % 5]) for id in range(15)]))
+    loop.post(Submit([job(15)]))
+    serve(loop, sent, 16)
+    assert (sent.done(), sent.failed()) == (set(range(16)), {})
+    loads = [message for message in sent if isinstance(message, Loaded)]
+    assert len({message.weights for message in loads}) == len(loads) <= 6  # each once, the variant again at the end
+
+
 def test_a_variant_that_cannot_be_loaded_fails_its_own_rows_only(pipeline, embedded_copy):
     broken = embedded_copy / FAMILY.variants["8step-unet"].file
     broken.write_bytes(broken.read_bytes()[:5000])
@@ -266,7 +283,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipeline):
             raise torch.OutOfMemoryError
         return unet(latents, *rest)
 
-    loop.registry.use_compiled(lambda weight_set: small_device)
+    loop.registry.use_compiled(lambda weight_set, is_styled: small_device)
     loop.post(Submit([job(id) for id in range(8)]))
     serve(loop, sent, 8)
     assert (sent.done(), sent.failed()) == (set(range(8)), {})

@@ -10,7 +10,7 @@ from msgspec.structs import replace as replace_cost
 from app.engine.costs import Costs
 from app.engine.jobs import Plan, Row
 from app.engine.scheduler import IDLE_S, PAUSE_S, Workers, may_change, plan
-from models.catalog import Weights
+from models.catalog import Style, Weights
 
 FLAT = Costs(step={1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, decode={1: 0.01, 8: 0.02}, encode=0.0, pixels=128 * 128)
 LINEAR = Costs(step={1: 0.01, 2: 0.02, 4: 0.04, 8: 0.08}, decode={1: 0.01, 8: 0.08}, encode=0.0, pixels=128 * 128)
@@ -82,7 +82,7 @@ def test_a_guided_picture_takes_two_rows_of_the_batch():
 
 
 def test_styled_weights_are_a_group_of_their_own():
-    plain, styled = row(1), Row(2, Weights("4step-unet", (("line", 0.8),)), 128, 128, 10.0, 4)
+    plain, styled = row(1), Row(2, Weights("4step-unet", (Style("line", 0.8),)), 128, 128, 10.0, 4)
     assert plan([plain, styled], FLAT, now=0.0).step == (plain,)
 
 

@@ -3,6 +3,7 @@ tiers, recordings beside the service."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bench.fidelity import psnr
 from tests.conftest import APPLE, PLAIN, ROOT, START_S, ServerProcess, eventually
 from tests.http.test_generate import VARIANTS, images, theirs
+from tests.models import loras, oracle
 
 AS_ON_A_GPU = {"PYTHONPATH": str(ROOT / "tests" / "stand_in"), "DEVICE": "cuda"}
 PROMPTS = tuple(f"a red apple on a {colour} background" for colour in ("blue", "green", "white"))
@@ -17,9 +19,20 @@ BUDGET_GIB = "0.03"  # for two of the seven weight sets of 13 MB; the host has t
 
 
 @pytest.fixture(scope="module")
-def gpu_server(tmp_path_factory) -> Iterator[ServerProcess]:
+def folder(tmp_path_factory) -> Path:
+    """Two styles, of all that a LoRA may change."""
+    made = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("one", "two")):
+        parts = {part: loras.layers(part)[::-4] for part in loras.PARTS}
+        loras.write(made, name, loras.folded(loras.factors(parts, seed)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def gpu_server(folder, tmp_path_factory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("gpu") / "log"
-    running = ServerProcess(log, **AS_ON_A_GPU, COMPILE="1", DEVICE_BUDGET_GIB=BUDGET_GIB).wait_until_ready()
+    settings = {**AS_ON_A_GPU, "DEVICE_BUDGET_GIB": BUDGET_GIB, "LORA_DIR": str(folder)}
+    running = ServerProcess(log, COMPILE="1", **settings).wait_until_ready()
     yield running
     running.stop()
 
@@ -46,6 +59,21 @@ def test_pictures_drawn_while_graphs_are_recorded_and_after_are_diffusers_pictur
         for response, (variant, prompt, seed) in zip(responses, asked, strict=True):
             assert abs(images(response)[0] - theirs(variant, prompt, seed)).max() <= 1
     assert max(max(response.json()["batch_sizes"]) for response in second) > 1
+
+
+def test_styled_pictures_are_diffusers_pictures_while_sets_move_between_memories(gpu_server, folder):
+    asked = [("4step-unet", "one"), ("2step-lora", "two"), ("4step-unet", ""), ("4step-unet", "two")]
+
+    def ask(request):
+        variant, style = request
+        return gpu_server.generate(variant=variant, steps=None, loras=[{"name": style}] if style else None)
+
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(ask, asked * 2))
+    for response, (variant, style) in zip(drawn, asked * 2, strict=True):
+        much = {style: 1.0} if style else {}
+        truth = oracle.draw_styled(variant, folder, much, [APPLE["prompt"]], [APPLE["seed"]], "np")[0]
+        assert abs(images(response)[0] - (truth * 255).round().int().numpy()).max() <= 1
 
 
 def test_it_says_what_it_is_and_in_which_order_it_became_so(gpu_server):

@@ -18,7 +18,7 @@ from tests.conftest import APPLE, START_S, eventually
 POST = "POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}"
 
 
-ROWS = 'sdxl_batch_rows_sum{variant="8step-unet"}'
+ROWS = 'sdxl_batch_rows_sum{styled="false",variant="8step-unet"}'
 
 
 def burst(pool: ThreadPoolExecutor, server, count: int, **fields) -> list[Future[httpx.Response]]:

@@ -60,12 +60,19 @@ async def test_what_is_typed_is_drawn_in_all_step_counts_and_a_reload_restores_i
 
 
 async def test_a_link_reproduces_the_picture_byte_for_byte(server):
-    link = '#{"prompt":"a red apple on a blue background","steps":"4","seed":"7","count":"1"}'
+    link = (
+        '#{"prompt":"a red apple on a blue background","steps":"4","seed":"7","count":"1","style":"line","scale":"0.8"}'
+    )
     async with opened(f"{server.url}/{link}", **READABLE) as page:
         image = page.locator(DRAWN)
         await image.wait_for()
         shown = bytes(await image.evaluate(BYTES))
-    (drawn,) = server.generate(prompt=APPLE, seed=7).json()["images"]
+        assert await page.locator("#style").input_value() == "line"
+        await page.locator("figure button").click()
+        await page.get_by_role("button", name="Copy as curl").click()
+        told = page.locator("#copied").filter(has_text=re.compile(r"clipboard|\"name\":\"line\",\"scale\":0.8"))
+        await told.wait_for()
+    (drawn,) = server.generate(prompt=APPLE, seed=7, loras=[{"name": "line", "scale": 0.8}]).json()["images"]
     assert shown == base64.b64decode(drawn["b64_json"])
 
 

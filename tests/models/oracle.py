@@ -1,6 +1,10 @@
 """diffusers' own pipeline with the same weights: the independent oracle of everything numeric."""
 
+import copy
+import warnings
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -89,3 +93,29 @@ def draw_over(
         **mask,
     ).images[0]
     return torch.as_tensor(result)
+
+
+def draw_styled(
+    name: str,
+    folder: Path,
+    much: dict[str, float],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    output_type: str = "latent",
+) -> Tensor:
+    """Latents (B, 4, 16, 16), or pixels as in draw(), with LoRAs of a folder, by load_lora_weights and set_adapters."""
+    pipeline = copy.deepcopy(diffusers_pipeline(name))
+    own = [adapter for part in pipeline.get_list_adapters().values() for adapter in part][:1]
+    for style in much:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is more than one adapter, and that is meant
+            pipeline.load_lora_weights(folder, weight_name=f"{style}.safetensors", adapter_name=style)
+    if own or much:
+        pipeline.set_adapters([*own, *much], [*(1.0 for _ in own), *much.values()])
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    steps = FAMILY.variants[name].steps[0]
+    return torch.as_tensor(
+        pipeline(
+            list(prompts), num_inference_steps=steps, guidance_scale=0, generator=generators, output_type=output_type
+        ).images
+    )

@@ -10,24 +10,30 @@ import torch
 
 from app.engine.load import Model, open_model
 from app.settings import EngineSettings
-from models.catalog import CATALOG, Weights
+from models.catalog import CATALOG, Style, Weights
 from models.cpu import networks
 from models.cpu.graphs import split
 from models.device import Device, Tier
 from models.pipeline import Pipeline
 from models.registry import Registry
+from models.styles import Styles
 from models.weights import WeightStore
 from tests.conftest import ROOT
+from tests.models import loras
 
 STORE = WeightStore(CATALOG["embedded"])
 VARIANTS = ("1step-unet", "4step-unet", "4step-lora")
 PROMPTS = ["a red apple on a blue background", "a robot", "pizza, green background"]
 
 
-def opened(dtype: str) -> Model:
+def opened(dtype: str, **settings: object) -> Model:
     """As a server opens it, for two calls at a time."""
-    settings = EngineSettings(model="embedded", device="cpu", dtype=dtype, threads=2, preload=",".join(VARIANTS))
-    return open_model(settings.engine_config())
+    preload = ",".join(VARIANTS)
+    return open_model(
+        EngineSettings(
+            model="embedded", device="cpu", dtype=dtype, threads=2, preload=preload, **settings
+        ).engine_config()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +63,14 @@ def eager() -> tuple[Pipeline, Registry]:
     return Pipeline(STORE, Device(), torch.float32), registry
 
 
-def step(model: Model | tuple[Pipeline, Registry], name: str, conditioning, seeds: list[int]) -> torch.Tensor:
+def step(model: Model | tuple[Pipeline, Registry], name: str | Weights, conditioning, seeds: list[int]) -> torch.Tensor:
     """Latents after a step, each row at its own step of the schedule."""
     pipeline, registry = (model.pipeline, model.registry) if isinstance(model, Model) else model
-    schedule = registry.schedule(name, STORE.family.variants[name].steps[0])
+    wanted = Weights(name) if isinstance(name, str) else name
+    schedule = registry.schedule(wanted.variant, STORE.family.variants[wanted.variant].steps[0])
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in seeds])
     steps = [seed % len(schedule.timesteps) for seed in seeds]
-    return pipeline.denoise(registry.use(Weights(name)), [schedule] * len(steps), latents, steps, conditioning)
+    return pipeline.denoise(registry.use(wanted), [schedule] * len(steps), latents, steps, conditioning)
 
 
 def test_text_encoders_equal_the_modules(exact, eager):
@@ -144,6 +151,32 @@ def test_two_threads_compute_at_the_same_time(served):
     while going.is_alive():
         ticks += 1  # where the lock is held, one tick a call
     assert ticks > 100 * len(latents)
+
+
+def test_styled_sets_share_graphs_and_each_row_is_computed_as_alone(eager, tmp_path):
+    """In float32 as the modules compute it; in bfloat16 to the bit in any batch, and beside other styles."""
+    for seed, name in enumerate("ab"):
+        loras.write(tmp_path, name, loras.kohya(loras.factors({"unet": loras.layers("unet")}, seed)))
+    files = Styles(tmp_path).find("ab", STORE.family)
+    styled = [Weights("4step-unet", (Style(name, 1.0, files[name].id),)) for name in "ab"]
+    modules = Registry(STORE, Device(), torch.float32, [Tier("cpu", 1 << 40)], styles=tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        model = opened(dtype, lora_dir=tmp_path)
+        conditioning = model.pipeline.prompts.encode([PROMPTS[row % 3] for row in range(5)])
+        for wanted in styled:
+            model.registry.load(wanted)
+            modules.load(wanted)
+        alone = {
+            wanted: torch.cat([step(model, wanted, [conditioning[row]], [row]) for row in range(5)])
+            for wanted in styled
+        }
+        model.device.finish(model.registry)
+        for wanted in (*styled, *styled):
+            assert torch.equal(step(model, wanted, conditioning, list(range(5))), alone[wanted])
+        if dtype == "float32":
+            for wanted in styled:
+                theirs = step((eager[0], modules), wanted, conditioning, list(range(5)))
+                torch.testing.assert_close(alone[wanted], theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_set_that_lacks_a_tensor_is_refused_by_its_name(exact):

@@ -27,7 +27,8 @@ DIFFUSERS = {f"lora_unet_{module.replace('.', '_')}": module for module in LAYER
 def fused(folder, lora, metadata=None, dtype=torch.float32):
     save_file(lora, folder / FILE, metadata)
     store = WeightStore(FAMILY, folder)
-    return WeightSets(store, dtype, UNet(store.config("unet")).unet.state_dict()).read(Weights("4step-lora"), "cpu")
+    read = WeightSets(store, dtype, UNet(store.config("unet")).unet.state_dict()).read
+    return read(Weights("4step-lora"), "cpu").unet
 
 
 def renamed(down, up, alpha, name):
@@ -73,6 +74,14 @@ def beside(key, tensor=None):
     return LORA | {key: torch.ones(4, 4) if tensor is None else tensor}
 
 
+OTHERS = {
+    "lora_mid.weight": "a LoRA with a third matrix",
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "dora_scale": "DoRA",
+    "oft_blocks": "OFT",
+    "diff": "a difference of whole weights",
+}
 TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 
 
@@ -85,8 +94,10 @@ TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
         (beside("text_encoder.x.lora_A.weight"), "text_encoder.x.lora_A"),
         (beside("text_model.embeddings.position_ids", torch.arange(24)), "position_ids"),
         (beside("lora_unet_nowhere.lora_down.weight"), "lora_unet_nowhere"),
-        *((beside(f"{KOHYA}.{end}"), f"{KOHYA}.{end}") for end in ("lora_mid.weight", "hada_w1_a", "lokr_w1", "diff")),
-        (beside(f"{KOHYA}.dora_scale"), f"{KOHYA}.dora_scale"),
+        *((beside(f"{KOHYA}.{end}"), f"{KOHYA}.{end} is of {name}") for end, name in OTHERS.items()),
+        ({"clip_l": torch.ones(4, 4), "clip_g": torch.ones(4, 4)}, "an embedding"),
+        ({"transformer.single_blocks.0.lora_A.weight": torch.ones(4, 4)}, "another model"),
+        ({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, "a checkpoint"),
         (beside(f"unet.{MODULE}.lora_A.weight"), "not one of its own"),
         (without(f"{KOHYA}.alpha"), KOHYA),
         (without(f"{KOHYA}.lora_up.weight"), KOHYA),
@@ -104,7 +115,10 @@ def test_a_file_with_a_tensor_that_cannot_be_used_is_refused_by_its_name(embedde
     assert FILE in str(refused.value)
 
 
-@pytest.mark.parametrize("told", ['{"unet.use_dora": true}', '{"unet.alpha_pattern": {"x": 2}}', "[]", "{"])
+@pytest.mark.parametrize(
+    "told",
+    ['{"unet.use_dora": true}', '{"unet.alpha_pattern": {"x": 2}}', '{"unet.alpha_pattern": {"x": "y"}}', "[]", "{"],
+)
 def test_an_adapters_metadata_that_are_not_read_are_refused(embedded_copy, told):
     with pytest.raises(BadWeights, match="lora_adapter_metadata"):
         fused(embedded_copy, LORA, {"lora_adapter_metadata": told})

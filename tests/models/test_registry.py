@@ -78,7 +78,7 @@ def test_unloading_and_evicting_in_the_middle_of_loads_leaves_the_registry_whole
             for name in ("1step-unet", "4step-lora", "2step-unet"):
                 registry.unload(Weights(name))
             time.sleep(0.01)
-    assert [load.result() for load in loads] == [None] * 3
+    assert [load.result() for load in loads] == [[]] * 3
     registry.load(Weights("4step-unet"))
     registry.use(Weights("4step-unet"))
     assert "loading" not in states(registry).values()
