@@ -41,7 +41,11 @@ def create_app(settings: Settings) -> FastAPI:
     for api in (generate, openai, models, a1111, huggingface, page, health):
         app.include_router(api.router)
     problems.install(app)
-    app.add_middleware(Ledger, metrics=metrics, render=problems.respond)
+
+    def glance(timeout: float | None, who: str) -> None:
+        fleet.glance(settings.timeout_s if timeout is None else timeout, who)
+
+    app.add_middleware(Ledger, metrics=metrics, render=problems.respond, glance=glance)
     return app
 
 

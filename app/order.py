@@ -1,6 +1,5 @@
 """An Order is what any API asks for; resolve() turns it into jobs for the engine, or refuses it by the field's name."""
 
-import hashlib
 import secrets
 import unicodedata
 from dataclasses import dataclass
@@ -46,11 +45,6 @@ class Order:
     height: int | None = None
     fit: bool = False
     timeout: float | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """The same when the same owner sends the same order again: how a promise of Retry-After is recognised."""
-        return hashlib.sha256(repr(self).encode(errors="surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

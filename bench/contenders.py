@@ -50,6 +50,12 @@ class Contender:
             start_new_session=True,
         )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+        assert self._process is not None
+        return self._process.pid
+
     def wait_ready(
         self, is_ready: Callable[[dict[str, Any]], bool] = lambda body: True, limit: float = START_S
     ) -> bool:

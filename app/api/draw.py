@@ -68,7 +68,7 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
     jobs = resolve(order, family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
-    async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps)) as events:
+    async with aclosing(parts.fleet.watch(jobs, request.state.who, wants_steps)) as events:
         async for event in events:
             yield event
 

@@ -2,6 +2,7 @@
 
 import time
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from app import images
@@ -13,7 +14,25 @@ from app.api.schemas import GenerateRequest, GenerateResponse
 from app.http.limits import DrawingRoute
 from app.order import Order
 
-router = APIRouter(route_class=DrawingRoute)
+
+class Deadline(msgspec.Struct):
+    """All that is read of a request while there is no place for it."""
+
+    timeout: float | None = None
+
+
+class StrictRoute(DrawingRoute):
+    """A route whose requests may name their deadline."""
+
+    def timeout(self, body: bytes) -> float | None:
+        """By a millionth of a second's work."""
+        try:
+            return msgspec.json.decode(body, type=Deadline).timeout
+        except msgspec.DecodeError:
+            return None
+
+
+router = APIRouter(route_class=StrictRoute)
 
 PICTURE = {"content": {media: {} for media in images.MEDIA_TYPES.values()}, "description": "the pictures, or one bare"}
 REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)

@@ -15,6 +15,9 @@ WINDOW = 1.5  # seconds: Retry-After is whole seconds rounded up, and a client a
 PATIENCE = 10.0  # seconds after its time for which a promise holds, where nobody else sends the same request
 HORIZON = 1800.0  # seconds; nobody is promised a place later than this
 MOST_WINDOWS = 1 << 16  # open at once, about 20 MB
+TYPICAL_S = 0.25  # seconds for which one refusal tells of others; what that keeps out is little of a queue's time
+ALIKE = 0.9  # of a request's time: one that has this much, or as much more, is drawn at about the same time
+SLACK = 0.03  # of its time: a request that misses by less than this is refused with the others
 LEARN = 0.01  # of the share that comes back is learned from one promise; a tenth is the least that is believed
 
 
@@ -24,6 +27,24 @@ class Refusal:
 
     reason: str
     retry_after: int
+
+
+@dataclass(frozen=True)
+class Typical:
+    """What the last request that was read and refused needed, in seconds. work: of the device. at_once: of work, that
+    may come in by one window. late: how much later than it may wait a request without any work would have begun.
+    left: until its deadline. at: when it came."""
+
+    work: float
+    at_once: float
+    late: float
+    left: float
+    at: float
+
+    def is_too_late(self, left: float) -> bool:
+        """Whether a request with so much time would miss its deadline, too, however little work it is. One with much
+        less would be drawn before others, and one with more can wait."""
+        return ALIKE * self.left <= left <= self.left / ALIKE and self.late > -SLACK * left
 
 
 @dataclass
@@ -59,6 +80,7 @@ class Admission:
         self._callers: dict[str, Caller] = {}
         self._windows: deque[tuple[str, Window]] = deque()  # all of them, by their start
         self._promised_until = 0.0
+        self._typical: Typical | None = None
         self._come_back = 1.0  # share of promises that are used: a flood that never returns books little
 
     def ask(self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str) -> Refusal | None:
@@ -68,11 +90,30 @@ class Admission:
         full = len(pending) + len(new) > (self.limit if share == KEPT else max(len(new), FRESH * self.limit))
         if not full and costs.overrun(new, pending, now, share) <= 0:
             return None
+        work, left = costs.work([*pending, *new]) - costs.work(pending), new[0].deadline - now
+        at_once = min((KEPT - FRESH) * left, (1 - FRESH) * self.limit * work / len(new)) + WINDOW
+        self._typical = Typical(work, at_once, costs.overrun(new, pending, now, FRESH) - work, left, now)
+        return self._refuse(full, who, self._typical, now)
+
+    def glance(self, queued: int, left: float, now: float, who: str) -> Refusal | None:
+        """A refusal of a request that nobody has read yet, but for the seconds that it has: there is no place but for
+        those who were promised one. None where it has to be read: ask() says more. queued: pictures."""
+        self._close_windows(now)
+        if (typical := self._typical) is None or now - typical.at > TYPICAL_S:
+            return None
+        full = queued + 1 > (max(1, FRESH * self.limit) if self._windows else self.limit)
+        if not full and not typical.is_too_late(left):
+            return None
+        if (caller := self._callers.get(who)) is not None:
+            if any(window.is_open(now) for window in caller.windows):
+                return None
+            caller.asks += 1
+        return self._refuse(full, who, typical, now)
+
+    def _refuse(self, full: bool, who: str, asked: Typical, now: float) -> Refusal:
         reason = f"the queue of {self.limit} pictures is full" if full else "the queue is too long to meet the deadline"
-        earliest = now + max(1.0, costs.overrun(new, pending, now, FRESH))
-        work = costs.work([*pending, *new]) - costs.work(pending)
-        at_once = min((KEPT - FRESH) * (new[0].deadline - now), (1 - FRESH) * self.limit * work / len(new)) + WINDOW
-        return Refusal(reason, math.ceil(self._promise(who, work, at_once, now, earliest) - now))
+        start = self._promise(who, asked.work, asked.at_once, now, now + max(1.0, asked.late + asked.work))
+        return Refusal(reason, math.ceil(start - now))
 
     def _is_kept(self, who: str, now: float) -> bool:
         caller = self._callers.get(who, Caller(now))

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from app import errors
-from app.engine.admission import Admission
+from app.engine.admission import Admission, Refusal
 from app.engine.jobs import Job
 from app.engine.messages import Cancel, Done, EngineConfig, Failed, FromEngine, Ready, Report, Submit, Worked
 from app.engine.process import EngineProcess
@@ -65,6 +65,12 @@ class Fleet:
             raise Problem(errors.STARTING)
         return self._engine.ready
 
+    def glance(self, seconds: float, who: str) -> None:
+        """Raises the Problem of a request that nobody has read yet, but for the seconds that it has, where it will not
+        be served whatever it says. who: as for watch()."""
+        self.require_ready()
+        _raise(self._admission.glance(len(self._queue), seconds, time.monotonic(), who))
+
     async def watch(self, jobs: Sequence[Job], who: str, wants_steps: bool = False) -> AsyncGenerator[Event]:
         """Draw one request's jobs, all with one deadline, and tell what becomes of them, until each is Done.
         who: the request's fingerprint, for its Retry-After. To close this iterator takes its jobs out of the engine.
@@ -108,10 +114,7 @@ class Fleet:
         if (needed := costs.alone(rows[0])) > rows[0].deadline - now:
             detail = f"this machine needs {needed:.2f} s for this request at the least"
             raise Problem(errors.INVALID, detail, "timeout")
-        refusal = self._admission.ask(rows, self._queue.rows, prices, now, who)
-        if refusal is not None:
-            detail = f"{refusal.reason}; ask again in {refusal.retry_after} s"
-            raise Problem(errors.OVERLOADED, detail, retry_after=refusal.retry_after)
+        _raise(self._admission.ask(rows, self._queue.rows, prices, now, who))
 
     def _bury(self) -> None:
         self._queue.fail_all(Problem(errors.ENGINE_DIED))
@@ -136,3 +139,9 @@ class Fleet:
         if worked.stage == "denoise":
             self.metrics.batch.labels(worked.variant).observe(worked.rows)
             self._queue.stepped(worked.ids)
+
+
+def _raise(refusal: Refusal | None) -> None:
+    if refusal is not None:
+        detail = f"{refusal.reason}; ask again in {refusal.retry_after} s"
+        raise Problem(errors.OVERLOADED, detail, retry_after=refusal.retry_after)

@@ -15,8 +15,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app import errors
-from app.errors import Cause
-from app.http.ledger import count
+from app.errors import Cause, Problem
+from app.http.ledger import count, glance
 from app.http.protocol import RECEIVE_S
 
 BODY_LIMIT = 64 << 10  # bytes; a prompt of 2,000 characters takes 12 KB at most, fully escaped 24 KB
@@ -30,6 +30,10 @@ class LimitedRoute(APIRoute):
     body_limit = BODY_LIMIT
     draws = False
 
+    def timeout(self, body: bytes) -> float | None:
+        """What a request that draws says of its deadline, seconds; None where its API has no such field."""
+        return None
+
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Judge the request by its head, and pass it on with a receive() that keeps the limits."""
         if scope["method"] in (self.methods or ()):
@@ -40,6 +44,10 @@ class LimitedRoute(APIRoute):
             if int(headers.get("content-length", 0)) > self.body_limit:
                 raise self._too_large()
             receive = self._limited(scope, receive)
+            if self.draws:
+                body = await _whole(receive)
+                glance(scope, body, self.timeout(body))
+                receive = _again(body, receive)
         await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -76,9 +84,35 @@ class LimitedRoute(APIRoute):
 
 
 class DrawingRoute(LimitedRoute):
-    """A route that draws: it is counted from its arrival to its end."""
+    """A route that draws: it is counted from its arrival to its end, and not parsed where there is no room for it."""
 
     draws = True
+
+
+async def _whole(receive: Receive) -> bytes:
+    """A request's body. Raises Problem where the client leaves."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Problem(errors.CLIENT_LEFT)
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A receive() that gives a body that was read already, then what comes behind it."""
+    is_given = False
+
+    async def replay() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
 
 
 class StrictRequest(Request):

@@ -84,13 +84,34 @@ def test_a_flood_of_different_requests_that_never_return_keeps_nobody_out():
     assert seen.returned > 100
     assert seen.admitted_again / seen.returned >= 0.95
     assert seen.goodput >= 0.9
+    assert seen.glances > 1000
     assert seen.longest_wait <= 400  # without a memory for who comes back: the horizon, half an hour
+
+
+def test_one_refusal_tells_of_the_next_but_not_of_who_has_more_time_or_a_place():
+    admission, pending = Admission(limit=1000), [row(id, deadline=1.0) for id in range(200)]
+    assert admission.glance(200, 1.0, 0.0, who="a") is None  # nobody was refused yet
+    refusal = admission.ask([row(300, deadline=1.0)], pending, COSTS, 0.0, who="a")
+    told = admission.glance(200, 1.0, 0.1, who="b")
+    assert refusal is not None
+    assert told is not None
+    assert told.retry_after >= refusal.retry_after
+    assert admission.glance(200, 30.0, 0.1, who="c") is None
+    assert admission.glance(200, 0.1, 0.1, who="c") is None  # it would be drawn before the others
+    assert admission.glance(1000, 30.0, 0.1, who="c") is not None  # the queue is full for everybody
+    back = 0.1 + told.retry_after
+    admission.ask([row(301, deadline=back + 0.5)], pending, COSTS, back, who="d")
+    assert admission.glance(200, 0.5, back, who="e") is not None
+    assert admission.glance(200, 0.5, back, who="b") is None
+    assert admission.glance(200, 0.5, back + 1.0, who="e") is None  # that was too long ago to tell
 
 
 @dataclass
 class Seen:
-    """What became of a simulated load. late: admitted and then refused. goodput: of the capacity."""
+    """What became of a simulated load. glances: refusals that needed no look at the request.
+    late: admitted and then refused. goodput: of the capacity."""
 
+    glances: int = 0
     returned: int = 0
     admitted_again: int = 0
     late: int = 0
@@ -127,7 +148,10 @@ def simulate(
         while arrivals and arrivals[0][0] <= now:
             at, id, is_return = heapq.heappop(arrivals)
             asked = Row(id, Weights("4step-unet"), 128, 128, at + deadline, 4)
-            refusal = admission.ask([asked], list(board.values()), costs, now, who=str(id % senders if senders else id))
+            who = str(id % senders if senders else id)
+            refusal = admission.glance(len(board), asked.deadline - now, now, who)
+            seen.glances += refusal is not None
+            refusal = refusal or admission.ask([asked], list(board.values()), costs, now, who)
             seen.returned += is_return
             if refusal is None:
                 board[id] = asked

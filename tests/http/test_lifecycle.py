@@ -113,12 +113,24 @@ def test_a_burst_of_64_is_served_whole(server):
     assert [answer.result().status_code for answer in answers] == [200] * 64
 
 
-def test_a_full_queue_answers_429_and_who_waits_as_told_is_served(start_server):
+def unread(server, path: str) -> httpx.Response:
+    response = httpx.post(server.url + path, content=b"no JSON", headers={"content-type": "application/json"})
+    if response.status_code == 429:
+        assert int(response.headers["retry-after"]) >= 1
+        assert ("error" in response.json()) == path.startswith("/v1/")
+    return response
+
+
+def test_a_full_queue_answers_429_before_the_body_is_parsed_and_who_waits_as_told_is_served(start_server):
     server = start_server(QUEUE_LIMIT="4").wait_until_ready()
     with ThreadPoolExecutor(12) as pool:
         with server.stopped_engine():
             answers = burst(pool, server, 12, steps=8)
             assert eventually(lambda: total(server.metrics(), "refused") == 8, 15)  # at once: nothing moves
+            assert eventually(lambda: server.generate().status_code == unread(server, "/generate").status_code == 429)
+            assert eventually(
+                lambda: server.generate().status_code == unread(server, "/v1/images/generations").status_code == 429
+            )
         responses = [answer.result() for answer in answers]
     assert sorted(response.status_code for response in responses) == [200] * 4 + [429] * 8
     refused = [response for response in responses if response.status_code == 429]
