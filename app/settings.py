@@ -138,6 +138,12 @@ class Settings(EngineSettings):
     send_timeout_s: float = Field(
         60.0, gt=0, le=3600, description="how long an answer may wait to be read by its client, seconds"
     )
+    start_timeout_s: float = Field(
+        600.0, gt=0, le=86400, description="an engine that is not ready after this is killed; to download takes longer"
+    )
+    load_on_demand: bool = Field(
+        True, description="load, or download, the weights that a request asks for; else it is refused: see PRELOAD"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
     @field_validator("log_level", mode="before")
@@ -157,8 +163,10 @@ class Settings(EngineSettings):
         return {name.strip(): variant.strip() or ANY_STEPS for name, _, variant in pairs}
 
     def engine_config(self) -> EngineConfig:
-        """With the log's level."""
-        return msgspec.structs.replace(super().engine_config(), log_level=self.log_level)
+        """With what only a server has."""
+        return msgspec.structs.replace(
+            super().engine_config(), log_level=self.log_level, start_timeout=self.start_timeout_s
+        )
 
     @field_validator("max_timeout_s")
     @classmethod

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
+from operator import methodcaller
 
 import psutil
 
@@ -83,7 +84,7 @@ class Load:
         return time.monotonic() - self._zero
 
     async def customer(self) -> None:
-        """Asks; if refused, waits as told and asks the same again, as long as the load lasts."""
+        """Asks; if refused, waits as told and asks the same again, where that is before the load's end."""
         number, body = 0, next(self.work).body(timeout=TIMEOUT_S)
         while True:
             begin = self.now
@@ -91,9 +92,11 @@ class Load:
             told = reply.header("retry-after")
             wait = float(told) if told else None
             self.visits.append(Visit(begin, self.now, number, status(reply), wait))
-            if not self.visits[-1].is_refused or self.now + (wait or PAUSE_S) > self.seconds:
+            if not self.visits[-1].is_refused:
                 return
-            await asyncio.sleep(wait or PAUSE_S)
+            await asyncio.sleep(min(wait or PAUSE_S, max(0.0, self.seconds - self.now)))
+            if self.now >= self.seconds:
+                return
             number += 1
 
     async def closed(self, clients: int) -> None:
@@ -151,20 +154,24 @@ async def measure(
     )
 
 
-async def run(server: Contender, seconds: float) -> list[Figures]:
-    """All loads, one after another."""
-    alone = await measure("64 clients", server, seconds, 0.0, lambda load: load.closed(DRAWING))
-    print(row(alone), flush=True)
-    found = [alone]
+def run(threads: int, seconds: float) -> Iterator[Figures]:
+    """All loads in turn, each on a server of its own: what was promised under one would weigh on the next."""
+
+    def with_server(name: str, load: Callable[[Load], Awaitable[None]], capacity: float = 0.0) -> Figures:
+        server = ours(THREADS=str(threads))
+        try:
+            start([server])
+            return asyncio.run(measure(name, server, seconds, capacity, load))
+        finally:
+            server.end()
+
+    yield (alone := with_server(f"{DRAWING} clients", methodcaller("closed", DRAWING)))
     for crowd in CROWDS:
-        clients, name = DRAWING + crowd, f"64 and {crowd} clients"
-        found.append(await measure(name, server, seconds, alone.goodput, lambda load, n=clients: load.closed(n)))  # type: ignore[misc]
-        print(row(found[-1]), flush=True)
+        clients = DRAWING + crowd
+        yield with_server(f"{DRAWING} and {crowd} clients", methodcaller("closed", clients), alone.goodput)
     for times in TIMES:
-        rate, name = times * alone.goodput, f"{times:g} times, {times * alone.goodput:.0f} new a second"
-        found.append(await measure(name, server, seconds, alone.goodput, lambda load, r=rate: load.opened(r)))  # type: ignore[misc]
-        print(row(found[-1]), flush=True)
-    return found
+        rate = times * alone.goodput
+        yield with_server(f"{times:g} times, {rate:.0f} new a second", methodcaller("opened", rate), alone.goodput)
 
 
 HEADS = (
@@ -185,14 +192,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load")
     parser.add_argument("--threads", type=int, default=2, help="of the server's engine")
     options = parser.parse_args()
-    server = ours(THREADS=str(options.threads))
-    try:
-        start([server])
-        print(row())
-        found = asyncio.run(run(server, options.seconds))
-        print(json.dumps([asdict(figures) for figures in found]))
-    finally:
-        server.end()
+    found = []
+    for figures in run(options.threads, options.seconds):
+        found.append(figures)
+        print(row() + "\n" + row(figures), flush=True)
+    print("\n".join([row(), *map(row, found)]))
+    print(json.dumps([asdict(figures) for figures in found]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ WeightSet = dict[str, Tensor]
 # UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
 UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-FLAT = 1 / 255  # a picture whose pixels deviate less than this is black or blank: a numeric fault, not a picture
+FLAT = 1 / 255  # a picture that deviates less than this in every channel is of one colour: a numeric fault, no picture
 
 
 class TextEncoders(nn.Module):
@@ -44,11 +44,11 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents: (B, 4, h, w) float32. Returns pictures (B, 8h, 8w, 3) uint8, and (B,) bool: is it valid, that is
-        neither flat nor anywhere NaN or Inf?"""
+        neither flat in every channel nor anywhere NaN or Inf?"""
         latents = latents / self.scaling_factor  # 0.13025 for SDXL, from vae/config.json
         raw = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
         pixels = (raw / 2 + 0.5).clamp(0, 1)
-        valid = (pixels.flatten(1).std(dim=1) >= FLAT) & raw.isfinite().flatten(1).all(dim=1)
+        valid = (pixels.flatten(2).std(dim=2).amax(dim=1) >= FLAT) & raw.isfinite().flatten(1).all(dim=1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), valid
 
     def in_float32(self) -> "Decoder":

@@ -68,9 +68,19 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
     jobs = resolve(order, family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
+    if not settings.load_on_demand:
+        _require_resident(jobs[0].weights.variant, parts)
     async with aclosing(parts.fleet.watch(jobs, request.state.who, wants_steps)) as events:
         async for event in events:
             yield event
+
+
+def _require_resident(variant: str, parts: Parts) -> None:
+    report = parts.fleet.report
+    resident = [each.name for each in report.variants if each.state == "resident"] if report else []
+    if variant not in resident:
+        detail = f"{variant} is not loaded, and nothing is loaded on demand here; loaded: {', '.join(resident)}"
+        raise Problem(errors.NOT_LOADED, detail)
 
 
 async def as_base64(files: Sequence[bytes], prefix: str = "") -> list[msgspec.Raw]:

@@ -9,7 +9,8 @@ from app.engine.jobs import Id, Job
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings."""
+    """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings.
+    start_timeout: seconds until it must be ready."""
 
     model: str | None
     directory: str | None
@@ -24,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     fp8: bool
     cache: str
     log_level: str = "info"
+    start_timeout: float = 600.0
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):

@@ -203,6 +203,27 @@ def test_an_engine_that_hangs_while_it_starts_is_killed(start_server):
         assert eventually(lambda: has_ended(engine), 20)
 
 
+def test_an_engine_whose_start_never_ends_though_it_answers_is_killed(start_server, embedded_copy):
+    (embedded_copy / "vae" / "config.json").unlink()
+    os.mkfifo(embedded_copy / "vae" / "config.json")  # to open it waits for somebody who writes
+    once = "import app.engine.process; app.engine.process.STILLBORN = 1"
+    server = start_server(first=once, MODEL_DIR=str(embedded_copy), START_TIMEOUT_S="10")
+    assert server.process.wait(60) == 1
+    assert "not ready after 10 s" in server.log.read_text()
+
+
+def test_where_nothing_is_loaded_on_demand_a_variant_that_is_not_there_is_refused_by_name(start_server):
+    server = start_server(LOAD_ON_DEMAND="0", PRELOAD="4step-unet,1step-unet").wait_until_ready()
+    refused = server.generate(steps=8)
+    assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (404, "not_loaded", "variant")
+    assert "8step-unet is not loaded" in refused.json()["detail"]
+    assert "4step-unet" in refused.json()["detail"]
+    body = {"prompt": "a red apple", "model": "8step-unet"}
+    openai = httpx.post(f"{server.url}/v1/images/generations", json=body)
+    assert (openai.status_code, openai.json()["error"]["code"]) == (404, "model_not_found")
+    assert server.generate(steps=4).status_code == 200
+
+
 def test_an_engine_that_starts_leaves_with_a_killed_server(start_server):
     server = start_server()
     assert eventually(lambda: "engine started" in server.log.read_text())
