@@ -4,7 +4,7 @@ ARG BASE_IMAGE=debian:bookworm-slim
 ARG DEVICE=cuda
 
 FROM ${BASE_IMAGE} AS python
-# One more package or more at run time, e.g. "g++" so that a CPU server compiles for a machine unlike this one.
+# More packages at run time, if any.
 ARG EXTRA_PACKAGES=""
 # hadolint ignore=DL3008,SC2086
 RUN apt-get update \
@@ -21,15 +21,14 @@ RUN apt-get update \
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/venv
 
 
-# What the server asks for (not what its tests and benchmark do), and torch's pin in a file of its own, so that a change
-# of the lock's other pins leaves the largest layer alone.
+# What the server asks for (not what its tests and benchmark do), with hashes; OpenVINO is the CPU's, and goes without what
+# it reports to its makers. Torch's pin is a file of its own, so that a change of other pins leaves the largest layer alone.
 FROM python AS pins
 ARG DEVICE
-COPY pyproject.toml requirements.lock /
-RUN grep '^torch==' /requirements.lock > /torch.txt \
-    && python3 -c 'import sys, tomllib; project = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
-        extra = project["optional-dependencies"].get(sys.argv[1], []); \
-        print(*project["dependencies"], *extra, sep="\n")' "${DEVICE}" > /server.txt
+COPY requirements.lock /torch.lock
+COPY docker/requirements.lock /
+RUN grep '^torch==' /torch.lock > /torch.txt \
+    && awk -v device="${DEVICE}" '/^[^ ]/ { skip = /^openvino-telemetry/ || (device != "cpu" && /^openvino/) } !skip' /requirements.lock > /server.txt
 
 
 # The image's own layers from here on, pip being lent to them: copied from elsewhere, /opt/venv would be one layer of
@@ -50,10 +49,9 @@ RUN --mount=type=bind,from=pip,source=/opt/pip,target=/opt/pip \
     else \
         /opt/pip/bin/pip install -r /opt/torch.txt; \
     fi
-COPY --from=pins /server.txt /requirements.lock /opt/
+COPY --from=pins /server.txt /opt/
 RUN --mount=type=bind,from=pip,source=/opt/pip,target=/opt/pip \
-    /opt/pip/bin/pip install -r /opt/server.txt -c /opt/requirements.lock \
-    && /opt/pip/bin/pip uninstall --yes openvino-telemetry
+    /opt/pip/bin/pip install --require-hashes --no-deps -r /opt/server.txt
 
 
 FROM pip AS code

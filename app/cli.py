@@ -1,4 +1,5 @@
-"""The command line: serve, generate (one prompt to a file, without a server), and models (list, fetch, verify)."""
+"""The command line: serve, generate (one prompt to a file, without a server), models (list, fetch,
+verify), and keys (new)."""
 
 import contextlib
 import os
@@ -11,8 +12,9 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
 from app import logs
+from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
-from app.settings import PREFIX, EngineSettings, Settings
+from app.settings import PREFIX, EngineSettings, Settings, Variables
 from models.catalog import CATALOG
 
 
@@ -23,11 +25,12 @@ class Serve(Settings):
         """Run the server."""
         from app.api.deps import parts_of
         from app.http.server import serve
-        from app.main import create_app
+        from app.main import create_admin, create_app
 
         logs.set_up(self.log_level)
         app = create_app(self)
-        sys.exit(serve(app, self, parts_of({"app": app}).fleet))
+        parts = parts_of({"app": app})
+        sys.exit(serve(app, self, parts.fleet, create_admin(parts)))
 
 
 class Generate(EngineSettings):
@@ -93,6 +96,25 @@ class Models(EngineSettings):
             sys.exit(1)
 
 
+class Keys(Variables):
+    """Make a key for API_KEYS_FILE, and print it: the file holds only its hash."""
+
+    action: CliPositionalArg[Literal["new"]]
+    name: CliPositionalArg[str] = Field(pattern=NAME, description="whose key it is, for the log and the metrics")
+    api_keys_file: Path = Field(description="the file to append to; it is made if it is not there")
+    rpm: int | None = Field(None, ge=1, le=1_000_000, description="requests a minute; by default any number")
+    in_flight: int | None = Field(
+        None, ge=1, le=1_000_000, description="pictures accepted and not finished; by default any number"
+    )
+
+    def cli_cmd(self) -> None:
+        """Make it; exits with 1 if the file cannot take it."""
+        try:
+            print(add(self.api_keys_file, self.name, self.rpm, self.in_flight))
+        except ValueError as error:
+            sys.exit(str(error))
+
+
 class CommandLine(
     BaseSettings, cli_kebab_case=True, cli_prog_name="sdxl-lightning", cli_parse_none_str="\0"
 ):  # "null" is a prompt like others
@@ -101,6 +123,7 @@ class CommandLine(
     serve: CliSubCommand[Serve]
     generate: CliSubCommand[Generate]
     models: CliSubCommand[Models]
+    keys: CliSubCommand[Keys]
 
     def cli_cmd(self) -> None:
         """Run the subcommand."""

@@ -26,6 +26,18 @@ MEDIA_TYPE = "application/problem+json"  # RFC 9457
 AGAIN = "send it again after Retry-After seconds"
 
 BAD_REQUEST = Cause(400, "bad_request", "invalid", "Bad Request", "send a valid HTTP/1.1 request")
+NO_KEY = Cause(
+    *(401, "missing_api_key", "invalid", "A key is needed", "send the header Authorization: Bearer KEY"),
+    detail="this server draws only for those who have a key: send the header Authorization: Bearer KEY",
+)
+UNKNOWN_KEY = Cause(
+    *(401, "invalid_api_key", "invalid", "Unknown key", "send a key of this server"),
+    detail="this server does not know the key that the Authorization header shows",
+)
+UNKNOWN_HOST = Cause(403, "unknown_host", "invalid", "Not this server's name", "ask its operator for ALLOWED_HOSTS")
+FOREIGN_ORIGIN = Cause(
+    403, "foreign_origin", "invalid", "Not a page of this server", "ask its operator for ALLOWED_ORIGINS"
+)
 NOT_FOUND = Cause(404, "not_found", "invalid", "Not Found", "see GET /docs for what there is")
 UNKNOWN_MODEL = Cause(404, "unknown_model", "invalid", "No such model", "take a name from GET /v1/models")
 NOT_LOADED = Cause(
@@ -39,6 +51,7 @@ BODY_TOO_LARGE = Cause(413, "body_too_large", "invalid", "Content Too Large", "s
 UNSUPPORTED = Cause(415, "unsupported_media_type", "invalid", "Unsupported Media Type", "send JSON, not encoded")
 INVALID = Cause(422, "invalid_request", "invalid", "The request cannot be served as it is", "fix the named field")
 OVERLOADED = Cause(429, "overloaded", "refused", "Too busy to meet the deadline", AGAIN)
+RATE_LIMITED = Cause(429, "rate_limited", "refused", "Too many requests of this key", AGAIN)
 HEADER_TOO_LARGE = Cause(431, "header_too_large", "invalid", "Request Header Fields Too Large", "send smaller headers")
 CLIENT_LEFT = Cause(499, "client_left", "dropped", "The client left", "nobody reads this answer")
 INTERNAL = Cause(

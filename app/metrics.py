@@ -16,6 +16,12 @@ class Metrics:
         self.requests = Counter(
             "sdxl_requests", "Requests by how they ended.", ["variant", "outcome"], registry=registry
         )
+        self.of_key = Counter(
+            "sdxl_key_requests", "Requests of each key by how they ended.", ["key", "outcome"], registry=registry
+        )
+        self.without_key = Counter(
+            "sdxl_requests_without_key", "Requests without a valid key, where keys are needed.", registry=registry
+        )
         self.images = Counter("sdxl_images", "Pictures drawn.", ["variant"], registry=registry)
         self.waiting = Gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.", registry=registry)
         self.running = Gauge(
@@ -42,6 +48,12 @@ class Metrics:
             "sdxl_variant_switches", "Changes of the active variant in this engine.", registry=registry
         )
         self.ready = Gauge("sdxl_ready", "1 while the server takes requests.", registry=registry)
+        self.engine_ready = Gauge(
+            "sdxl_engine_ready", "1 while this engine takes pictures.", ["device"], registry=registry
+        )
+        self.work = Gauge(
+            "sdxl_work_seconds", "Until this engine has drawn what it has.", ["device"], registry=registry
+        )
         self.restarts = Counter("sdxl_engine_restarts", "Engine processes that ended unasked.", registry=registry)
         self.log_lines_dropped = Counter(
             "sdxl_log_lines_dropped", "Log lines that could not be written.", registry=registry

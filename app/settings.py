@@ -10,6 +10,7 @@ import msgspec
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from app import keys
 from app.engine.messages import EngineConfig
 
 GIB = 2**30
@@ -19,10 +20,34 @@ PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
 log = logging.getLogger("app.settings")
 
 
-class EngineSettings(BaseSettings):
-    """What a run of the model needs, with or without a server."""
+def listed(text: str | None) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+class Variables(BaseSettings):
+    """Settings from flags and variables."""
 
     model_config = SettingsConfigDict(cli_kebab_case=True, env_ignore_empty=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *others: object,
+        **named: object,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then variables with the prefix, then plain ones."""
+        return (
+            init_settings,
+            EnvSettingsSource(settings_cls, env_prefix=PREFIX, env_ignore_empty=True),
+            EnvSettingsSource(settings_cls, env_ignore_empty=True),
+        )
+
+
+class EngineSettings(Variables):
+    """What a run of the model needs, with or without a server."""
 
     model: Literal["embedded", "sdxl"] | None = Field(
         None, description="the model family; by default sdxl if CUDA and its weights are there, else embedded"
@@ -60,21 +85,6 @@ class EngineSettings(BaseSettings):
         Path("~/.cache/sdxl-lightning-server"), description="where compiled code is kept; safe to delete"
     )
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        *others: object,
-        **named: object,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then variables with the prefix, then plain ones."""
-        return (
-            init_settings,
-            EnvSettingsSource(settings_cls, env_prefix=PREFIX, env_ignore_empty=True),
-            EnvSettingsSource(settings_cls, env_ignore_empty=True),
-        )
-
     @field_validator("cache_dir", mode="before")
     @classmethod
     def _not_the_working_directory(cls, value: object) -> object:
@@ -104,7 +114,7 @@ class EngineSettings(BaseSettings):
             dtype=self.dtype,
             threads=self.threads,
             max_batch=self.max_batch,
-            preload=[name.strip() for name in self.preload.split(",")] if self.preload else None,
+            preload=listed(self.preload) or None,
             device_budget=int(self.device_budget_gib * GIB) if self.device_budget_gib else None,
             host_budget=int(self.host_budget_gib * GIB),
             compile=self.compile,
@@ -118,6 +128,20 @@ class Settings(EngineSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6 only")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    admin_port: int | None = Field(
+        None, ge=1, le=65535, description="a port on 127.0.0.1 for /metrics, which then is on no other"
+    )
+    api_keys_file: Path | None = Field(
+        None, description="who may draw: a file that `sdxl-lightning keys new NAME` writes; by default everybody"
+    )
+    allowed_hosts: str | None = Field(
+        None,
+        description="names that the Host header may have, with commas between, *.example.com too; by default any where "
+        "HOST is reached from other machines, else only localhost; IP addresses always",
+    )
+    allowed_origins: str | None = Field(
+        None, description="web pages of other origins that may use this server (CORS), with commas between, or *"
+    )
     root_path: str = Field("", description="the path under which a proxy shows this server, e.g. /sdxl")
     queue_limit: int = Field(256, ge=1, le=100_000, description="pictures accepted and not finished; more get a 429")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
@@ -150,6 +174,13 @@ class Settings(EngineSettings):
     @classmethod
     def _any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _has_keys(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            keys.read(value)
+        return value
 
     @field_validator("host")
     @classmethod

@@ -37,7 +37,15 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         # As plain modules, which start faster than what the CPU would compile.
-        defaults = {"DTYPE": "float32", "COMPILE": "0", "MODEL": "embedded", "THREADS": "1", "PORT": str(self.port)}
+        # "x" is the host that raw requests name.
+        defaults = {
+            "DTYPE": "float32",
+            "COMPILE": "0",
+            "MODEL": "embedded",
+            "THREADS": "1",
+            "PORT": str(self.port),
+            "ALLOWED_HOSTS": "x",
+        }
         path = os.pathsep.join(filter(None, (settings.pop("PYTHONPATH", ""), str(ROOT))))
         with log.open("w") as stderr:
             self.process = subprocess.Popen(

@@ -7,6 +7,7 @@ from fastapi import Depends, FastAPI, Request
 from starlette.types import Scope
 
 from app.engine.fleet import Fleet
+from app.keys import Key
 from app.metrics import Metrics
 from app.settings import Settings
 
@@ -33,7 +34,10 @@ def parts_of(scope: Scope) -> Parts:
 
 
 def owner_of(request: Request) -> str:
-    """Who asks."""
+    """Who asks: the name of a key, or an address."""
+    key: Key | None = request.scope["state"].get("key")
+    if key is not None:
+        return key.name
     return request.client.host if request.client else ""
 
 

@@ -1,4 +1,4 @@
-"""/live, /ready (and /health) and /metrics."""
+"""/live, /ready (and /health), and /metrics, which may have a port of its own."""
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -11,6 +11,7 @@ from app.api.schemas import Live, ReadyBody
 from app.errors import Problem
 
 router = APIRouter()
+metrics_router = APIRouter()
 
 
 @router.get("/live")
@@ -36,7 +37,7 @@ async def ready(fleet: FleetDep) -> ReadyBody:
     )
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@metrics_router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(fleet: FleetDep) -> Response:
     """Prometheus metrics."""
     fleet.gauge()

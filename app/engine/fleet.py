@@ -95,6 +95,9 @@ class Fleet:
         self.metrics.waiting.set(waiting)
         self.metrics.running.set(len(self._queue) - waiting)
         self.metrics.ready.set(self.is_ready)
+        self.metrics.engine_ready.labels("0").set(self._engine.is_answering)
+        prices = self._engine.prices
+        self.metrics.work.labels("0").set(prices.work(self._queue.rows) if prices is not None else 0)
         self.metrics.log_lines_dropped.inc(STDERR.take_dropped())
         if (report := self._engine.report) is not None:
             for variant in report.variants:

@@ -25,7 +25,7 @@ log = logging.getLogger("app.http")
 
 class Ledger:
     """Pure ASGI, so that a handler hears of its client leaving. What it keeps of a request is in scope["state"]:
-    request_id, status (0 until the answer begins), ledger, draws, who, variant, problem, client_left.
+    request_id, status (0 until the answer begins), ledger, draws, who, variant, problem, client_left, key.
     render: the answer to a fault that nobody foresaw. glance: raises the Problem of a request that nobody has read yet,
     by its timeout and who it is, where it will not be served now."""
 
@@ -34,7 +34,7 @@ class Ledger:
         app: ASGIApp,
         metrics: Metrics,
         render: Callable[[Request, Problem], Response],
-        glance: Callable[[float | None, str], None],
+        glance: Callable[[float | None, str], None] = lambda timeout, who: None,
     ) -> None:
         self.app, self.metrics, self.render, self.glance = app, metrics, render, glance
 
@@ -71,6 +71,8 @@ class Ledger:
     def _settle(self, state: MutableMapping[str, Any], seconds: float) -> None:
         outcome = _outcome(state)
         self.metrics.requests.labels(state.get("variant", ""), outcome).inc()
+        if "key" in state:
+            self.metrics.of_key.labels(state["key"].name, outcome).inc()
         if outcome == "ok":
             self.metrics.total.observe(seconds)
 
@@ -79,8 +81,8 @@ def glance(scope: Scope, body: bytes, timeout: float | None) -> None:
     """Raises Problem where a request that draws will not be served now whatever it says. `who` it is: the same when
     the same client sends the same again, which is how a promise of Retry-After is recognised."""
     client, state = scope.get("client") or ("",), scope["state"]
-    key = Headers(scope=scope).get("authorization", "")
-    state["who"] = hashlib.sha256(repr((client[0], key, scope["path"])).encode() + body).hexdigest()
+    owner = state["key"].name if "key" in state else client[0]
+    state["who"] = hashlib.sha256(repr((owner, scope["path"])).encode() + body).hexdigest()
     ledger: Ledger = state["ledger"]
     ledger.glance(timeout, state["who"])
 
@@ -115,4 +117,6 @@ def _log_line(scope: Scope, state: MutableMapping[str, Any], seconds: float) -> 
         "variant": state.get("variant", ""),
         "ms": round(seconds * 1000, 1),
     }
+    if "key" in state:
+        fields["key"] = state["key"].name
     log.info("request", extra={"fields": fields})

@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app import errors
 from app.errors import Cause, Problem
+from app.http.keys import take
 from app.http.ledger import count, glance
 from app.http.protocol import RECEIVE_S
 
@@ -35,10 +36,11 @@ class LimitedRoute(APIRoute):
         return None
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Judge the request by its head, and pass it on with a receive() that keeps the limits."""
+        """Judge the request by its key and head, and pass it on with a receive() that keeps the limits."""
         if scope["method"] in (self.methods or ()):
             if self.draws:
                 count(scope)
+                take(scope)
             headers = Headers(scope=scope)
             _check_type(headers)
             if int(headers.get("content-length", 0)) > self.body_limit:

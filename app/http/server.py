@@ -1,6 +1,7 @@
 """uvicorn, with a drain: after SIGTERM, SIGINT or SIGHUP accepted requests finish, and new ones are told to go
 elsewhere."""
 
+import asyncio
 import ipaddress
 import logging
 import signal
@@ -12,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app.engine.fleet import Fleet
 from app.http.connections import Connections
@@ -20,6 +22,7 @@ from app.settings import Settings
 
 log = logging.getLogger("app.server")
 
+LOOPBACK = "127.0.0.1"
 TICK_S = 0.1  # uvicorn's
 SECOND_S = 0.5  # make and a terminal both signal the group: two signals within this time are one
 KEEP_ALIVE_S = 75  # above the 60 s that load balancers keep a connection, so that they close first
@@ -28,27 +31,34 @@ KEEP_ALIVE_S = 75  # above the 60 s that load balancers keep a connection, so th
 class Server(uvicorn.Server):
     """A uvicorn server that keeps its port open while it drains."""
 
-    def __init__(self, app: FastAPI, settings: Settings, fleet: Fleet) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, fleet: Fleet, admin: ASGIApp) -> None:
         self._connections = Connections(settings.max_connections, settings.send_timeout_s)
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=settings.host,
-                port=settings.port,
-                root_path=settings.root_path,
-                http=partial(Protocol, self._connections),  # type: ignore[arg-type]
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=5,
-            )
+        config = partial(
+            uvicorn.Config,
+            http=partial(Protocol, self._connections),  # type: ignore[arg-type]
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=5,
         )
+        super().__init__(config(app, host=settings.host, port=settings.port, root_path=settings.root_path))
+        self._admin = config(admin, lifespan="off")
+        self._admin_socket = _listen(settings.admin_port)
         self._fleet = fleet
         self._drain_s = settings.drain_s
         self._draining_since: float | None = None
         self._ticked = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, on ADMIN_PORT, too."""
+        await super().startup(sockets)
+        if self._admin_socket is not None and not self.should_exit:
+            self._admin.load()
+            of_uvicorn = {"config": self._admin, "server_state": self.server_state, "app_state": self.lifespan.state}
+            speak = partial(Protocol, self._connections, **of_uvicorn)
+            self.servers.append(await asyncio.get_running_loop().create_server(speak, sock=self._admin_socket))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a later second signal ends at once."""
@@ -76,13 +86,20 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(app: FastAPI, settings: Settings, fleet: Fleet) -> int:
-    """Serve until told to stop; returns the process's exit code."""
+def serve(app: FastAPI, settings: Settings, fleet: Fleet, admin: ASGIApp) -> int:
+    """Serve until told to stop; returns the process's exit code. admin: what ADMIN_PORT shows."""
     _check_address(settings)
-    server = Server(app, settings, fleet)
+    server = Server(app, settings, fleet, admin)
     signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn sees to the others
     server.run()
     return 1 if fleet.fatal or not server.started else 0
+
+
+def _listen(port: int | None) -> socket.socket | None:
+    try:
+        return None if port is None else socket.create_server((LOOPBACK, port))
+    except OSError as error:
+        sys.exit(f"ADMIN_PORT={port}: {error.strerror}")
 
 
 def _check_address(settings: Settings) -> None:
@@ -92,5 +109,7 @@ def _check_address(settings: Settings) -> None:
     except (OSError, UnicodeError) as error:
         sys.exit(f"HOST={settings.host!r} is no address: {getattr(error, 'strerror', None) or error}")
     addresses = sorted({str(address[0]) for *_, address in found})
-    if not all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses):
-        log.warning("listening beyond this machine, on %s: whoever can reach it may draw", ", ".join(addresses))
+    is_local = all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
+    if not is_local and settings.api_keys_file is None:
+        where = ", ".join(addresses)
+        log.warning("listening beyond this machine, on %s, without API_KEYS_FILE: whoever can reach it may draw", where)

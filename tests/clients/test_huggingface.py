@@ -37,7 +37,7 @@ def test_bytes_come_whatever_is_accepted(server):
 
 async def test_no_503_reaches_a_client_that_repeats_it_at_once():
     app = create_app(Settings())  # whose engine is not started
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         busy = await client.post("/", json={"inputs": PROMPT})
         theirs = await client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT})
         openai = await client.post("/v1/images/generations", json={"prompt": PROMPT})

@@ -13,7 +13,7 @@ from app.settings import Settings
 def mounted() -> httpx.AsyncClient:
     """The real application under /sdxl, with no engine started."""
     app = Starlette(routes=[Mount("/sdxl", create_app(Settings()))])
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test/sdxl")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost/sdxl")
 
 
 @pytest.mark.parametrize(
