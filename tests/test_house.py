@@ -89,6 +89,13 @@ def test_one_kind_of_device_is_nobodys_business_but_its_own_rooms():
     assert asked == ["app/engine/load.py"]
 
 
+def test_no_deadline_knows_the_wall_clock():
+    """It jumps; only what is told to people reads it: an answer's date, a line of the log."""
+    reads = re.compile(r"\btime\.time(_ns)?\(|datetime\.(now|utcnow|today)\(|\b(gm|local|c)time\(|from time import")
+    found = {path.relative_to(ROOT).as_posix() for path in sources("app", "models") if reads.search(path.read_text())}
+    assert found == {"app/api/generate.py", "app/api/openai.py"}
+
+
 def test_no_file_is_longer_than_a_reader_can_hold():
     for path in sources("app", "models", "distill", "bench"):
         assert len(path.read_text().splitlines()) <= 320, path
