@@ -23,6 +23,10 @@ format: .venv/developed
 bench: .venv/developed
 	$(BIN)/python -m bench
 
+# Kills, stops, leavers, a lost log and memory, for MINUTES (30 if absent): every promise with its figure.
+chaos: .venv/developed
+	$(BIN)/python -m bench.chaos --minutes $(or $(MINUTES),30)
+
 # SDXL at full size with random weights on this CPU: 12.3 GB of disk, 16 GB of memory, a quarter of an hour.
 check-full-size: .venv/developed
 	$(BIN)/python -m bench.full_size
