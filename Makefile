@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check format bench supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
+.PHONY: serve test check format bench chaos supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
