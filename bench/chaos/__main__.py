@@ -25,12 +25,14 @@ from bench.chaos.rig import Rig, until
 from bench.client import Client
 from bench.load import closed_loop
 from bench.report import machine
-from bench.work import EVEN_MIX, stream
+from bench.work import EVEN_MIX, prompts, stream
 
 RESULTS = Path(__file__).parents[1] / "results" / "chaos.json"
 LOAD = 0.4  # of the capacity
 GONE_S = 5.0  # for an engine to leave with its server
 DRAIN_S = 60.0
+BREATH_S, REST_S = 12.0, 3.0  # of load, and of rest
+CACHED = 1024  # prompts; of models.prompts
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,18 @@ async def play(act: Act, seconds: float, plant: str | None, folder: Path) -> lis
     """One act on a server of its own."""
     rig = Rig(folder, act.is_file, plant)
     try:
-        await rig.wait_ready()
+        live = await rig.wait_ready()
         async with Client("127.0.0.1", rig.port) as client:
             first = await closed_loop(client, stream("capacity", EVEN_MIX), 16, 6.0, warm_s=2.0)
+            await fill(client)
         rate = LOAD * first.images_per_s / 2  # a request is for two pictures
         print(f"{act.name}: {first.images_per_s:.1f} images/s; {rate:.1f} requests/s for {seconds:.0f} s", flush=True)
         crowd, windows, begin = Crowd(rig.port, seed=1), list[Window](), time.monotonic()
         watching, before = asyncio.create_task(rig.watch()), await rig.metrics()
         end = begin + seconds
         async with asyncio.TaskGroup() as group:
-            group.create_task(crowd.run(rate, seconds))
+            load = breathe(rig, crowd, rate, end) if act.is_file else crowd.run(rate, seconds)
+            group.create_task(load)
             group.create_task(inject(rig, crowd, rate, act.faults, act.every, end, windows))
         settled = await rig.rest()
         after = await rig.metrics()
@@ -68,17 +72,19 @@ async def play(act: Act, seconds: float, plant: str | None, folder: Path) -> lis
             await lose_log(rig, crowd, rate)
             await crowd.run(rate, 5)
             await rig.rest()
-        books = balance(crowd.attempts, before, await rig.metrics())
+        last = await rig.metrics()
         watching.cancel()
+        books = balance(crowd.attempts, before, last)
         print(ledger(books), flush=True)
-        lines = figures.of_requests(crowd, books, windows) + figures.of_loop(before, after)
+        lines = [Line("R17", "/live answers within", live, 5, "s")]
+        lines += figures.of_requests(crowd, books, windows) + figures.of_loop(before, after)
         lines.append(Line("R3", "nothing is left in flight after", round(settled, 1), 15, "s"))
         if act.is_file:
-            lines += figures.of_memory(rig, rig.sizes, begin, end)
+            lines += figures.of_memory(rig, begin, end)
             lines += await drain(rig, rate)
         else:
             lines += figures.of_health(rig.looks, windows)
-            lost = after["sdxl_log_lines_dropped_total"]
+            lost = last["sdxl_log_lines_dropped_total"]
             lines.append(Line("R15", "lines of the log that were lost while nobody read it", lost, 1, "lines", True))
             lines += await bereave(rig)
         counts = {name: sum(window.fault == name for window in windows) for name in {w.fault for w in windows}}
@@ -86,6 +92,27 @@ async def play(act: Act, seconds: float, plant: str | None, folder: Path) -> lis
         return lines
     finally:
         rig.end()
+
+
+async def fill(client: Client) -> None:
+    """Ask for more prompts than are cached, so that every cache has its size before memory is watched."""
+    bodies = iter([json.dumps({"prompt": prompt, "steps": 1}).encode() for prompt in prompts()[: CACHED + CACHED // 8]])
+
+    async def ask() -> None:
+        for body in bodies:
+            await client.post(body)
+
+    await asyncio.gather(*(ask() for _ in range(16)))
+
+
+async def breathe(rig: Rig, crowd: Crowd, rate: float, end: float) -> None:
+    """The load, with moments of rest: what is in use then is not what is in flight."""
+    while time.monotonic() < end:
+        await crowd.run(rate, min(BREATH_S, max(1.0, end - time.monotonic())))
+        await rig.rest()
+        begin = time.monotonic()
+        await asyncio.sleep(REST_S)
+        rig.rests.append((begin, time.monotonic()))
 
 
 async def drain(rig: Rig, rate: float) -> list[Line]:

@@ -158,7 +158,7 @@ class Crowd:
         if not headers[b"content-type"].startswith(b"image/"):
             return
         with Image.open(io.BytesIO(answer)) as picture:
-            self.blank += np.asarray(picture, float).std(axis=(0, 1)).max() < 1
+            self.blank += bool(np.asarray(picture, float).std(axis=(0, 1)).max() < 1)
         if request is not None:
             digest = hashlib.sha256(answer).hexdigest()
             self.changed += self._seen.setdefault(request, digest) != digest

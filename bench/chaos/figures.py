@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from bench.chaos.clients import GRACE_S, Attempt, Books, Crowd
 from bench.chaos.faults import Window
-from bench.chaos.rig import Look, Rig, Size
+from bench.chaos.rig import Look, Rig
 from bench.load import percentile
 
 MB = 1e6
-SHORT_S = 900.0  # in a shorter run an hour's growth is a guess: its aim is wider by as much
-FIRST = 0.3  # of the run, in which memory finds its size
+SHORT_S = 1800.0  # in a shorter run an hour's growth is a guess: its aim is wider by as much
+FIRST = 0.2  # of the run, in which memory finds its size
 SEEN_S = 1.0  # for /ready to tell that an engine has died
 
 
@@ -71,24 +71,26 @@ def of_health(looks: Sequence[Look], windows: Sequence[Window]) -> list[Line]:
     ]
 
 
-def of_memory(rig: Rig, sizes: Sequence[Size], begin: float, end: float) -> list[Line]:
-    """Whether both processes stay as they are: least squares over the run but for its beginning."""
+def of_memory(rig: Rig, begin: float, end: float) -> list[Line]:
+    """Whether both processes stay as they are: least squares over the run but for its beginning; of bytes in use, over
+    its moments of rest."""
     lines, start = [], begin + FIRST * (end - begin)
-    hours, widened = (end - start) / 3600, max(1.0, SHORT_S / (end - start))
+    seconds = end - start
     for name, title in (("http", "HTTP"), ("engine", "engine")):
-        mine = [size for size in sizes if size.process == name and size.at >= start]
-        ((_, seen),) = [each for each in rig.live_bytes(name).items() if each[0] == mine[-1].pid]
-        live = slope([(at, value) for at, value in seen if start <= at <= end]) * 3600 / MB
+        mine = [size for size in rig.sizes if size.process == name and start <= size.at <= end]
+        probed = rig.live_bytes(name)[mine[-1].pid]
+        rests = [[each for each in probed if first <= each[0] <= last] for first, last in rig.rests if first >= start]
+        live = slope([seen[-1] for seen in rests if seen]) * 3600 / MB
         rss = [(size.at, float(size.rss)) for size in mine]
-        grown = slope(rss) * hours * 3600 / (sum(value for _, value in rss) / len(rss))
+        share = slope(rss) * seconds / (sum(value for _, value in rss) / len(rss))
         lines += [
-            Line(f"R14 {title}", "live bytes grow by", round(live, 1), 1 * widened, "MB/h"),
-            Line(f"R14 {title}", "resident memory grew in the run by", round(100 * grown, 2), 3, "%"),
+            Line(f"R14 {title}", "bytes in use at rest grow by", round(live, 2), max(1.0, SHORT_S / seconds), "MB/h"),
+            Line(f"R14 {title}", "resident memory grew in the run by", round(100 * share, 2), 3, "%"),
         ]
-    http = [size for size in sizes if size.process == "http" and size.at >= start]
+    http = [size for size in rig.sizes if size.process == "http" and start <= size.at <= end]
     for noun, values in (("descriptors", [s.descriptors for s in http]), ("threads", [s.threads for s in http])):
-        growth = slope([(size.at, float(value)) for size, value in zip(http, values, strict=True)]) * (end - start)
-        lines.append(Line(f"R14 {noun}", f"{noun} grew by", round(growth, 1), 3, ""))
+        growth = slope([(size.at, float(value)) for size, value in zip(http, values, strict=True)]) * seconds
+        lines.append(Line(f"R14 {noun}", f"{noun} of HTTP grew by", round(growth, 1), 3, ""))
     return lines
 
 

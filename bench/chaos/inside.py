@@ -18,6 +18,7 @@ def probe():
     with open(os.path.join(os.environ["CHAOS_DIR"], f"{'engine' if IS_ENGINE else 'http'}-{os.getpid()}"), "a") as file:
         while True:
             time.sleep(1)
+            gc.collect()
             info = mallinfo2()
             python = tracemalloc.get_traced_memory()[0] if IS_HTTP else 0
             print(json.dumps([time.monotonic(), info.uordblks + info.hblkhd, python]), file=file, flush=True)

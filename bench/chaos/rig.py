@@ -56,6 +56,7 @@ class Rig:
         self.folder, self.is_file = folder, is_file
         self.looks: list[Look] = []
         self.sizes: list[Size] = []
+        self.rests: list[tuple[float, float]] = []  # moments without anything in flight
         self.reads = threading.Event()  # whether somebody reads the pipe
         self.reads.set()
         inside = environment(folder, plant)
@@ -72,17 +73,15 @@ class Rig:
         if not is_file:
             threading.Thread(target=self._read_log, daemon=True).start()
 
-    async def wait_ready(self, is_fast: bool = True) -> None:
-        """Until it serves; at its full speed. Raises RuntimeError."""
-        end = time.monotonic() + START_S
+    async def wait_ready(self) -> float:
+        """Until it serves at its full speed; after how many seconds it was live. Raises RuntimeError."""
+        begin, live = time.monotonic(), 0.0
         async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
-            while time.monotonic() < end and self.process.poll() is None:
-                try:
-                    ready = await client.get("/ready")
-                    if ready.status_code == 200 and (ready.json()["compiled"] or not is_fast):
-                        return
-                except httpx.TransportError:
-                    pass
+            while time.monotonic() < begin + START_S and self.process.poll() is None:
+                if not live and await _status(client, "/live") == 200:
+                    live = round(time.monotonic() - begin, 1)
+                if await _status(client, "/ready") == 200 and (await client.get("/ready")).json()["compiled"]:
+                    return live
                 await asyncio.sleep(WATCH_S)
         raise RuntimeError(f"the server is not ready; its log is in {self.folder}")
 
