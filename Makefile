@@ -3,13 +3,35 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check format bench chaos supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
+.PHONY: serve test test-clients check format bench chaos supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
 
 test: .venv/developed .venv/tooled system-packages
 	$(BIN)/python -m pytest
+
+# Clients that need environments of their own: about 10 GB of disk (docs/clients.md). The light ones are in `make test`.
+HEAVY := tests/clients/heavy
+test-clients: .venv/developed build/clients/npm/made $(patsubst $(HEAVY)/%.txt,build/clients/%/made,$(wildcard $(HEAVY)/*.txt))
+	$(BIN)/python -m pytest $(HEAVY)/clients.py
+
+build/clients/%/made: $(HEAVY)/%.txt
+	$(PYTHON) -m venv build/clients/$*
+	build/clients/$*/bin/pip --disable-pip-version-check --quiet install -r $<
+	@touch $@
+
+# Only its benchmark's client: what a GPU needs of it stays away.
+build/clients/sglang/made: $(HEAVY)/sglang.txt
+	$(PYTHON) -m venv build/clients/sglang
+	build/clients/sglang/bin/pip --disable-pip-version-check --quiet install -r $<
+	build/clients/sglang/bin/pip --disable-pip-version-check --quiet install --no-deps sglang==0.5.23
+	@touch $@
+
+build/clients/npm/made: $(HEAVY)/package.json
+	mkdir -p build/clients/npm && cp $< build/clients/npm
+	cd build/clients/npm && npm install --silent --no-audit --no-fund --no-package-lock
+	@touch $@
 
 check: .venv/developed
 	$(BIN)/ruff format --check .
@@ -37,7 +59,7 @@ bench-gpu:
 	@$(if $(wildcard .venv/developed),$(BIN)/python,$(PYTHON)) -m bench.gpu
 
 GPU_WHEELS := annotated.types|diffusers|fastapi|fastapi.offline|fpng|httptools|lazy.loader|msgspec|opentelemetry.api|\
-pydantic|pydantic.core|pydantic.settings|python.dotenv|starlette|typing.extensions|typing.inspection|uvicorn
+pydantic|pydantic.core|pydantic.settings|python.dotenv|python.multipart|starlette|typing.extensions|typing.inspection|uvicorn
 GPU_PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1
 bench-gpu-wheels:
 	@rm -f .whl/*.whl
@@ -83,7 +105,7 @@ EXTRA := $(if $(shell command -v nvidia-smi),,[cpu])
 	@touch $@
 
 .venv/developed: .venv/served
-	@$(PIP) install --constraint requirements.lock --editable '.[cpu,distill,bench,dev]'
+	@$(PIP) install --constraint requirements.lock --editable '.[cpu,otel,distill,bench,dev]'
 	@$(PIP) install --constraint requirements.lock --no-deps compel  # an oracle of tests, which would bring Jupyter
 	@touch $@
 

@@ -4,18 +4,22 @@ verify), and keys (new)."""
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsError
 
-from app import logs
+from app import logs, uploads
+from app.engine.process import QUIET
+from app.errors import Problem
 from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
 from app.settings import PREFIX, EngineSettings, Settings, Variables
-from models.catalog import CATALOG
+from models.catalog import BadCatalog
 
 
 class Serve(Settings):
@@ -43,6 +47,9 @@ class Generate(EngineSettings):
     negative_prompt: str | None = Field(None, max_length=PROMPT_LIMIT, description="what to move away from")
     width: int | None = Field(None, description="pixels; the model's own size if absent")
     height: int | None = Field(None, description="pixels; the model's own size if absent")
+    image: Path | None = Field(None, description="a PNG, JPEG or WebP file to draw over")
+    mask: Path | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
+    strength: float | None = Field(None, gt=0, le=1, description="how much is redrawn; 0.75 if absent, with a mask 1")
     seed: int | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
     output: Path = Field(Path("picture.png"), description="a .png, .jpeg or .webp file")
 
@@ -60,6 +67,8 @@ class Generate(EngineSettings):
 
     def cli_cmd(self) -> None:
         """Draw and save."""
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         from app.offline import draw  # torch is imported here, and only for this command
 
         order = Order(
@@ -72,8 +81,21 @@ class Generate(EngineSettings):
             seed=self.seed,
             width=self.width,
             height=self.height,
+            image=_read(self.image, uploads.picture, "image"),
+            mask=_read(self.mask, uploads.stencil, "mask"),
+            strength=self.strength,
         )
         print(f"{self.output} (seed {draw(self, order, self.output)})")
+
+
+def _read(path: Path | None, decode: Callable[[Image.Image], uploads.Bitmap], name: str) -> uploads.Bitmap | None:
+    """A picture file's pixels. Exits with a sentence where there are none."""
+    try:
+        return None if path is None else decode(uploads.open_file(path.read_bytes(), name))
+    except OSError as error:
+        sys.exit(f"{path} cannot be read: {error.strerror}")
+    except Problem as error:
+        sys.exit(f"{path}: {error}")
 
 
 class Models(EngineSettings):
@@ -86,7 +108,7 @@ class Models(EngineSettings):
         """Do it; exits with 1 if anything is missing or wrong."""
         from app.offline import list_variants, weight_files
 
-        family = CATALOG[self.model or "embedded"]
+        family = self.families[self.model or "embedded"]
         names = self.names or list(family.variants)
         if unknown := [name for name in names if name not in family.variants]:
             sys.exit(f"no such variant: {', '.join(unknown)}; there are {', '.join(family.variants)}")
@@ -104,7 +126,7 @@ class Keys(Variables):
     api_keys_file: Path = Field(description="the file to append to; it is made if it is not there")
     rpm: int | None = Field(None, ge=1, le=1_000_000, description="requests a minute; by default any number")
     in_flight: int | None = Field(
-        None, ge=1, le=1_000_000, description="pictures accepted and not finished; by default any number"
+        None, ge=1, le=1_000_000, description="pictures accepted and not finished; kept in the file, not enforced yet"
     )
 
     def cli_cmd(self) -> None:
@@ -140,6 +162,8 @@ def main() -> None:
     except ValidationError as error:
         print(*map(_sentence, error.errors()), sep="\n", file=sys.stderr)
         sys.exit(2)
+    except BadCatalog as error:
+        sys.exit(str(error))
     except SettingsError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -84,6 +84,11 @@ SILENT = Cause(
     detail="the engine has not answered lately; ask again",
     retry_after=5,
 )
+BODIES = Cause(
+    *(503, "too_many_bodies", "refused", "Too many large requests at once", AGAIN),
+    detail="the large requests that are being served take all the memory that is set aside for them",
+    retry_after=5,
+)
 LOADING = Cause(
     503, "not_ready", "refused", "Not ready", AGAIN, detail="the variant is being loaded; ask again", retry_after=5
 )
@@ -91,6 +96,10 @@ ENGINE_DIED = Cause(
     *(503, "engine_died", "failed", "The engine restarted", AGAIN),
     detail="the engine ended while it held this request",
     retry_after=5,
+)
+DEADLY = Cause(
+    *(500, "generation_failed", "failed", "No picture could be made", "ask for another picture"),
+    detail="two engines in a row ended while they drew this picture",
 )
 UNAVAILABLE = Cause(
     *(503, "unavailable", "failed", "The variant cannot be served now", "ask for another variant"),

@@ -15,6 +15,8 @@ XMP = (
     '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
     f'Iptc4xmpExt:DigitalSourceType="{SOURCE}"/></rdf:RDF></x:xmpmeta>'
 )
+SAMPLERS = {"euler": "Euler", "euler_ancestral": "Euler a"}  # the names that other tools have for them
+SCHEDULES = {"trailing": "SGM Uniform", "leading": "DDIM", "linspace": "Uniform", "karras": "Karras"}
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 

@@ -13,6 +13,7 @@ LINES = 1000  # that may wait for a slow reader; what comes beyond them is dropp
 FLUSH_S = 1.0  # how long a process that ends waits for its last lines to be written
 MOST = {"path": 200, "exception": 20_000}  # characters of a field; a traceback of our own is whole
 MOST_ELSE = 300
+ALWAYS: dict[str, str] = {}  # in every line of this process
 
 
 class Stderr(logging.Handler):
@@ -75,9 +76,12 @@ class Stderr(logging.Handler):
 STDERR = Stderr()
 
 
-def set_up(level: str, libraries: str | None = None) -> None:
-    """Send everything from `level` up to stderr as JSON; of libraries, where that is given, from theirs."""
+def set_up(level: str, libraries: str | None = None, device: str | None = None) -> None:
+    """Send everything from `level` up to stderr as JSON; of libraries, where that is given, from theirs. device: whose
+    lines they are, where there are several."""
     logging.raiseExceptions = False
+    if device is not None:
+        ALWAYS["device"] = device
     STDERR.start()
     logging.basicConfig(handlers=[STDERR], level=(libraries or level).upper(), force=True)
     for name in ("app", "models"):
@@ -136,7 +140,7 @@ def _log_prints(descriptor: int) -> None:
 def _line(record: logging.LogRecord) -> bytes:
     when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
     members = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
-    members |= getattr(record, "fields", {})
+    members |= ALWAYS | getattr(record, "fields", {})
     if record.exc_info:
         members["exception"] = logging.Formatter().formatException(record.exc_info)
     short = {

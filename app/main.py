@@ -13,19 +13,22 @@ from starlette.types import ASGIApp
 from app.api import a1111, deps, generate, health, huggingface, models, openai, page, problems
 from app.api.deps import Parts
 from app.engine.fleet import Fleet
+from app.http import limits
 from app.http.keys import Guard, Ring, refusal
 from app.http.ledger import Ledger
 from app.http.origins import ANY, EXPOSED, Origins, names
 from app.metrics import Metrics
 from app.settings import Settings, listed
+from app.traces import Tracing, make_tracer
 
+MIB = 2**20
 DESCRIPTION = "Few-step text-to-image generation with SDXL-Lightning (arXiv 2402.13929)."
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine process and stops it."""
     metrics = Metrics()
-    fleet = Fleet(settings.engine_config(), settings.queue_limit, metrics)
+    fleet = Fleet(settings.engine_configs(), settings.queue_limit, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -47,10 +50,12 @@ def create_app(settings: Settings) -> FastAPI:
     def glance(timeout: float | None, who: str) -> None:
         fleet.glance(settings.timeout_s if timeout is None else timeout, who)
 
-    parts = Parts(fleet, settings, metrics)
+    parts = Parts(fleet, settings, metrics, settings.families)
     open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
     drawing = (generate.router, openai.router, models.router, a1111.router, huggingface.router)
     _furnish(app, parts, [*drawing, *open_to_all])
+    body, bodies = (int(mib * MIB) for mib in (settings.max_body_mib, settings.max_bodies_mib))
+    limits.install(app, limits.Room(body, bodies, settings.min_upload_kb_s * 1000))
     # The last one added is the first that a request meets.
     if settings.api_keys_file is not None:
         ring, public = Ring(settings.api_keys_file, metrics), _create_public(parts, open_to_all)
@@ -58,6 +63,8 @@ def create_app(settings: Settings) -> FastAPI:
     origins = listed(settings.allowed_origins)
     app.add_middleware(Origins, render=problems.respond, hosts=names(settings), origins=origins)
     app.add_middleware(Ledger, metrics=metrics, render=problems.respond, glance=glance)
+    if (tracer := make_tracer()) is not None:
+        app.add_middleware(Tracing, tracer=tracer)
     if origins:
         app.add_middleware(
             CORSMiddleware,

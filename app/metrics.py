@@ -1,4 +1,6 @@
-"""Prometheus metrics, in base units and with few labels. Nothing here names a prompt, a seed or a client."""
+"""Prometheus metrics, in base units and with few labels. Nothing here names a prompt, a seed or a client.
+
+device: an engine's, as DEVICES names it or by its number; a server with one engine has device 0."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -23,10 +25,8 @@ class Metrics:
             "sdxl_requests_without_key", "Requests without a valid key, where keys are needed.", registry=registry
         )
         self.images = Counter("sdxl_images", "Pictures drawn.", ["variant"], registry=registry)
-        self.waiting = Gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.", registry=registry)
-        self.running = Gauge(
-            "sdxl_images_running", "Pictures between their first step and their answer.", registry=registry
-        )
+        self.waiting = self._gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.")
+        self.running = self._gauge("sdxl_images_running", "Pictures between their first step and their answer.")
         self.queue = self._seconds("sdxl_queue_seconds", "Time from the engine's inbox to the first step.")
         self.stages = {
             "encode": self._seconds("sdxl_encode_seconds", "One call of the text encoders."),
@@ -42,28 +42,25 @@ class Metrics:
             buckets=(1, 2, 3, 4, 6, 8, 12, 16, 32),
             registry=registry,
         )
-        self.resident = Gauge("sdxl_variant_resident_bytes", "Weights held in memory.", ["variant"], registry=registry)
-        self.device_bytes = Gauge("sdxl_gpu_memory_bytes", "GPU memory in use by the engine.", registry=registry)
-        self.switches = Gauge(
-            "sdxl_variant_switches", "Changes of the active variant in this engine.", registry=registry
+        self.resident = self._gauge("sdxl_variant_resident_bytes", "Weights held in memory.", "variant", "device")
+        self.device_bytes = self._gauge("sdxl_gpu_memory_bytes", "GPU memory in use by the engine.", "device")
+        self.switches = self._gauge("sdxl_variant_switches", "Changes of the active variant in this engine.", "device")
+        self.ready = self._gauge("sdxl_ready", "1 while the server takes requests.")
+        self.engine_ready = self._gauge("sdxl_engine_ready", "1 while this engine takes pictures.", "device")
+        self.work = self._gauge("sdxl_work_seconds", "Until this engine has drawn what it has.", "device")
+        self.restarts = Counter(
+            "sdxl_engine_restarts", "Engine processes that ended unasked.", ["device"], registry=registry
         )
-        self.ready = Gauge("sdxl_ready", "1 while the server takes requests.", registry=registry)
-        self.engine_ready = Gauge(
-            "sdxl_engine_ready", "1 while this engine takes pictures.", ["device"], registry=registry
-        )
-        self.work = Gauge(
-            "sdxl_work_seconds", "Until this engine has drawn what it has.", ["device"], registry=registry
-        )
-        self.restarts = Counter("sdxl_engine_restarts", "Engine processes that ended unasked.", registry=registry)
         self.log_lines_dropped = Counter(
             "sdxl_log_lines_dropped", "Log lines that could not be written.", registry=registry
         )
         self.loop_lag = self._seconds(
             "sdxl_loop_lag_seconds", "How late the event loop of HTTP is, ten times a second."
         )
-        self.step_cost = Gauge(
-            "sdxl_step_cost_seconds", "Measured at warm-up: one UNet call.", ["batch"], registry=registry
-        )
+        self.step_cost = self._gauge("sdxl_step_cost_seconds", "Measured at warm-up: one UNet call.", "batch", "device")
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=SECONDS, registry=self.registry)

@@ -9,11 +9,13 @@ from pathlib import Path
 import msgspec
 
 from app.engine.load import CANNOT_OPEN, open_model
+from app.engine.work import look
 from app.errors import Problem
 from app.images import MEDIA_TYPES, encode
 from app.order import Limits, Order, resolve
 from app.settings import EngineSettings
-from models.catalog import Family
+from app.uploads import keep
+from models.catalog import Family, one_of
 from models.weights import BadWeights, MissingWeights, WeightStore
 
 LIMITS = Limits(timeout_s=math.inf, max_timeout_s=math.inf, max_pixels=1 << 60)  # whoever calls this has the machine
@@ -36,14 +38,20 @@ def draw(settings: EngineSettings, order: Order, output: Path) -> int:
     unet, schedule = model.registry.use(job.weights), model.registry.schedule(variant, job.steps)
     size, guide = (job.height, job.width), (job.negative_prompt, job.guidance)
     try:
-        pixels, valid = model.pipeline.draw(unet, schedule, [job.prompt], [job.seed], *size, *guide)
+        over = (look(model.pipeline, job, order.source), job.strength) if order.source and job.strength else ()
+        pixels, valid = model.pipeline.draw(unet, schedule, [job.prompt], [job.seed], *size, *guide, *over)
     except Exception as error:
         sys.exit(f"no picture could be drawn: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     if not valid.all():
         sys.exit(f"no picture was written: {variant} made a blank or undefined picture; try another seed or variant")
     parameters = {"Steps": job.steps, "Seed": job.seed, "Model": f"sdxl-lightning-{variant}"}
+    if job.strength is not None:
+        parameters["Denoising strength"] = job.strength
+    drawn = pixels[0].numpy().tobytes()
+    if order.image and order.mask:
+        drawn = keep(drawn, order.image, order.mask)
     try:
-        output.write_bytes(encode(pixels[0].numpy().tobytes(), job.width, job.height, kind, 90, parameters))
+        output.write_bytes(encode(drawn, job.width, job.height, kind, 90, parameters))
     except OSError as error:
         sys.exit(f"{output} cannot be written: {error.strerror}")
     return job.seed
@@ -53,9 +61,8 @@ def list_variants(settings: EngineSettings, family: Family) -> None:
     """Print every variant, its steps, and whether its file is here."""
     here = WeightStore(family, settings.model_dir).variants_here()
     for variant in family.variants.values():
-        print(
-            f"{variant.name}  {variant.steps} steps  {'here' if variant.name in here else 'not here'}  {variant.file}"
-        )
+        where = "here" if variant.name in here else "not here"
+        print(f"{variant.name}  {one_of(variant.steps)} steps  {where}  {variant.file or 'its own UNet'}")
 
 
 def weight_files(settings: EngineSettings, family: Family, names: list[str], fetch: bool) -> bool:

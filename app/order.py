@@ -5,11 +5,13 @@ import unicodedata
 from dataclasses import dataclass
 
 from app import errors
-from app.engine.jobs import Job, new_id
+from app.engine.jobs import Job, Source, new_id
 from app.errors import Problem
-from models.catalog import Family, Guidance, Variant, Weights
+from app.uploads import Bitmap
+from models.catalog import Family, Guidance, Variant, Weights, one_of
+from models.grid import snap, spelled
 
-DEFAULT_STEPS = 4
+STRENGTH, STRENGTH_OF_A_MASK = 0.75, 1.0  # where none is given
 SEED_LIMIT = 2**32
 PROMPT_LIMIT = 2000  # characters; the text encoders take fewer
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
@@ -29,7 +31,8 @@ class Order:
     guidance: 0 and 1 mean without. negative_prompt: None is the absent one, which is not the empty one.
     owner: who asks, so that the same order from somebody else is another one. prompt: cut behind PROMPT_LIMIT. width,
     height: pixels; fit: where they cannot be drawn, the nearest that can. timeout: seconds after which the pictures are
-    of no use. Picture k of n has seed + k.
+    of no use. image: what they draw over. mask: of the image, 255 where it is drawn anew. strength: above 0, to 1.
+    Picture k of n has seed + k. previews: show them while they are drawn.
     """
 
     owner: str
@@ -45,6 +48,17 @@ class Order:
     height: int | None = None
     fit: bool = False
     timeout: float | None = None
+    previews: bool = False
+    image: Bitmap | None = None
+    mask: Bitmap | None = None
+    strength: float | None = None
+
+    @property
+    def source(self) -> Source | None:
+        """What the engine is told of image and mask."""
+        if self.image is None:
+            return None
+        return Source(self.image.pixels, self.mask.pixels if self.mask else b"")
 
 
 @dataclass(frozen=True)
@@ -59,13 +73,9 @@ class Limits:
 def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Job]:
     """One job per picture, all with one deadline. now: when the order arrived, on the monotonic clock.
     Raises Problem for what the family does not draw or the server does not allow."""
-    variant = _variant(order, family)
-    width, height = order.width or family.size.default, order.height or family.size.default
-    if order.fit:
-        width, height = family.size.nearest(width, height)
-    for side, pixels in (("width", width), ("height", height)):
-        if refusal := family.size.refusal(side, pixels):
-            raise Problem(errors.INVALID, refusal, side)
+    variant, steps = _variant(order, family)
+    width, height = _size(order, family)
+    strength = _strength(order, variant, steps)
     if order.n * width * height > limits.max_pixels:
         detail = f"n x width x height must be at most {limits.max_pixels} pixels on this server"
         raise Problem(errors.INVALID, detail, "n" if order.n > 1 else "width")
@@ -80,25 +90,66 @@ def resolve(order: Order, family: Family, limits: Limits, now: float) -> list[Jo
         raise Problem(errors.INVALID, detail, "seed")
     seed = secrets.randbelow(SEED_LIMIT - order.n + 1) if order.seed is None else order.seed
     deadline = now + (limits.timeout_s if order.timeout is None else order.timeout)
+    ids = [new_id() for _ in range(order.n)]
     away = order.negative_prompt and order.negative_prompt[:PROMPT_LIMIT]
-    prompt, drawn = order.prompt[:PROMPT_LIMIT], (height, width, deadline, order.owner, away, guidance)
-    return [Job(new_id(), prompt, weights, variant.steps, seed + k, *drawn) for k in range(order.n)]
+    over = (strength, None if strength is None else ids[0])
+    prompt, drawn = (
+        order.prompt[:PROMPT_LIMIT],
+        (height, width, deadline, order.owner, away, guidance, *over, order.previews),
+    )
+    return [Job(id, prompt, weights, steps, seed + k, *drawn) for k, id in enumerate(ids)]
 
 
-def _variant(order: Order, family: Family) -> Variant:
-    """The weights an order means: by name, or the UNet of its step count."""
-    name = order.variant or f"{order.steps or DEFAULT_STEPS}step-unet"
-    variant = family.variants.get(name)
-    if variant is None and order.variant is None:
-        counts = sorted({each.steps for each in family.variants.values()})
-        detail = f"there are weights for {', '.join(map(str, counts))} steps, not {order.steps}"
-        raise Problem(errors.INVALID, detail, "steps")
-    if variant is None:
+def _size(order: Order, family: Family) -> tuple[int, int]:
+    """Width and height of what is drawn: as asked, else the image's, else the family's own."""
+    own = (family.size.default,) * 2 if order.image is None else (order.image.width, order.image.height)
+    width, height = order.width or own[0], order.height or own[1]
+    if order.fit:
+        width, height = family.size.nearest(width, height)
+    for side, pixels, asked in (("width", width, order.width), ("height", height, order.height)):
+        if refusal := family.size.refusal(side, pixels):
+            raise Problem(errors.INVALID, refusal, side if asked or order.image is None else "image")
+    for field, given in (("image", order.image), ("mask", order.mask)):
+        if given is not None and (given.width, given.height) != (width, height):
+            detail = f"{field} has {given.width} x {given.height} pixels, and {width} x {height} are drawn"
+            raise Problem(errors.INVALID, detail, field)
+    if order.mask is not None and not _is_seen(order.mask, family.size.multiple):
+        detail = f"mask has too little white: the model looks at one pixel in {family.size.multiple} each way"
+        raise Problem(errors.INVALID, detail, "mask")
+    return width, height
+
+
+def _is_seen(mask: Bitmap, every: int) -> bool:
+    """Whether one of the pixels that the model looks at is white."""
+    rows = range(0, len(mask.pixels), every * mask.width)
+    return any(255 in mask.pixels[row : row + mask.width : every] for row in rows)
+
+
+def _strength(order: Order, variant: Variant, steps: int) -> float | None:
+    """The strength on the variant's grid; None where nothing is drawn over."""
+    if order.image is None:
+        for field, given in (("mask", order.mask), ("strength", order.strength)):
+            if given is not None:
+                raise Problem(errors.INVALID, f"{field} needs an image to draw over", field)
+        return None
+    default = STRENGTH if order.mask is None else STRENGTH_OF_A_MASK
+    strength = snap(default if order.strength is None else order.strength, steps)
+    if strength is None:
+        detail = f"{variant.name} draws over an image at strengths {spelled(steps)}, and none below"
+        raise Problem(errors.INVALID, detail, "strength")
+    return strength
+
+
+def _variant(order: Order, family: Family) -> tuple[Variant, int]:
+    """The weights and the steps that an order means."""
+    if (variant := family.choose(order.variant, order.steps)) is not None:
+        return variant, order.steps or variant.steps[0]
+    if order.variant is not None and order.variant not in family.variants:
         raise Problem(errors.INVALID, f"variant must be one of {', '.join(family.variants)}", "variant")
-    if order.steps is not None and order.steps != variant.steps:
-        detail = f"{name} draws in {variant.steps} steps, not {order.steps}; leave steps out"
-        raise Problem(errors.INVALID, detail, "steps")
-    return variant
+    named = [each for each in family.variants.values() if order.variant in (None, each.name)]
+    allowed = one_of({steps for each in named for steps in each.steps})
+    detail = f"{order.variant or 'this model'} draws in {allowed} steps, not {order.steps}"
+    raise Problem(errors.INVALID, detail, "steps")
 
 
 def _guidance(order: Order, variant: Variant) -> float:

@@ -11,7 +11,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app import keys
+from app.engine.cores import usable_cores
+from app.engine.gpus import visible_gpus
 from app.engine.messages import EngineConfig
+from models.catalog import BadCatalog, Family, families
 
 GIB = 2**30
 ANY_STEPS = "sdxl-lightning"  # the name of the model as a whole: which variant draws, follows from the steps
@@ -49,8 +52,14 @@ class Variables(BaseSettings):
 class EngineSettings(Variables):
     """What a run of the model needs, with or without a server."""
 
-    model: Literal["embedded", "sdxl"] | None = Field(
-        None, description="the model family; by default sdxl if CUDA and its weights are there, else embedded"
+    catalog: Path | None = Field(
+        None, description="a TOML file with families of your own, as docs/models.example.toml; MODEL names one"
+    )
+    model: str | None = Field(
+        None,
+        validate_default=True,
+        description="the model family, sdxl, embedded or one of the catalog's; by default sdxl if CUDA and its weights "
+        "are there, else embedded",
     )
     model_dir: Path | None = Field(None, description="a local directory with the family's files, instead of the hub")
     device: Literal["cpu", "cuda"] | None = Field(None, description="by default cuda if there is one, else cpu")
@@ -92,13 +101,31 @@ class EngineSettings(Variables):
             raise ValueError("must name a directory")
         return value
 
-    @field_validator("model_dir")
+    @field_validator("model")
+    @classmethod
+    def _is_in_a_catalog(cls, value: str | None, info: ValidationInfo) -> str | None:
+        catalogs = _texts(info.data.get("catalog"))
+        known = families(catalogs)
+        if value not in (known if catalogs else [None, *known]):
+            raise ValueError(f"it must be one of {', '.join(known)}")
+        return value
+
+    @field_validator("model_dir", "catalog")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
             return value and value.expanduser()
         except RuntimeError as error:  # no HOME, and a uid without a name; or no such user
             raise ValueError(f"~ stands for nothing here: {error}") from error
+
+    @cached_property
+    def _catalogs(self) -> dict[str, str]:
+        return _texts(self.catalog)
+
+    @property
+    def families(self) -> dict[str, Family]:
+        """All that could be served, by name. Raises models.catalog.BadCatalog."""
+        return families(self._catalogs)
 
     def engine_config(self) -> EngineConfig:
         """The part that the engine process is told."""
@@ -109,6 +136,7 @@ class EngineSettings(Variables):
             log.warning("no home directory: compiled code is kept in %s, for this run only; set CACHE_DIR", cache)
         return EngineConfig(
             model=self.model,
+            catalogs=self._catalogs,
             directory=str(self.model_dir.resolve()) if self.model_dir else None,
             device=self.device,
             dtype=self.dtype,
@@ -121,6 +149,14 @@ class EngineSettings(Variables):
             fp8=self.fp8,
             cache=str(cache),
         )
+
+
+def _texts(catalog: Path | None) -> dict[str, str]:
+    """A catalog's text by its path. Raises BadCatalog."""
+    try:
+        return {str(catalog.resolve()): catalog.read_text()} if catalog else {}
+    except (OSError, ValueError) as error:
+        raise BadCatalog(f"CATALOG={catalog}: {getattr(error, 'strerror', error)}") from error
 
 
 class Settings(EngineSettings):
@@ -147,6 +183,9 @@ class Settings(EngineSettings):
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
     max_pixels: int = Field(8 * 1536 * 1536, ge=64, description="n x width x height of one request at the most")
+    max_body_mib: float = Field(20.0, ge=0.0625, le=1024, description="a request with pictures in it, MiB")
+    max_bodies_mib: float = Field(200.0, ge=1, description="all such requests that are received or served, MiB")
+    min_upload_kb_s: float = Field(100.0, gt=0, description="the slowest that such a request may arrive, kB/s")
     size_policy: Literal["nearest", "strict"] = Field(
         "nearest",
         description="what the OpenAI, A1111 and Hugging Face routes do with a size that the model cannot draw: take "
@@ -168,6 +207,14 @@ class Settings(EngineSettings):
     load_on_demand: bool = Field(
         True, description="load, or download, the weights that a request asks for; else it is refused: see PRELOAD"
     )
+    devices: str | None = Field(
+        None,
+        description="GPUs with an engine each: numbers as nvidia-smi has them, or UUIDs (also MIG's), with commas "
+        "between; or all",
+    )
+    engines: int | None = Field(
+        None, ge=1, le=64, description="engines on a CPU, which share its threads; each holds the weights for itself"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
 
     @field_validator("log_level", mode="before")
@@ -187,6 +234,46 @@ class Settings(EngineSettings):
     def _without_brackets(cls, value: str) -> str:
         return value.strip("[]")
 
+    @field_validator("devices")
+    @classmethod
+    def _each_once(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        if info.data.get("device") == "cpu":
+            raise ValueError("names GPUs, but DEVICE is cpu; leave one of them out")
+        gpus = visible_gpus() if value == "all" else [name.strip() for name in value.split(",")]
+        if not all(gpus) or len({*gpus}) < len(gpus):
+            raise ValueError("must name each GPU once, with commas between")
+        return ",".join(gpus)
+
+    @field_validator("engines")
+    @classmethod
+    def _on_a_cpu(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("devices") is not None:
+            raise ValueError("is for a CPU, while DEVICES has one engine per GPU; leave one of them out")
+        if value is not None and info.data.get("device") not in (None, "cpu"):
+            raise ValueError("is for a CPU, but DEVICE is cuda; name GPUs by DEVICES")
+        return value
+
+    def engine_configs(self) -> list[EngineConfig]:
+        """What each engine is told. The CPU's threads and the host's memory are divided."""
+        whole = self.engine_config()
+        if self.devices is None and self.engines is None:
+            return [whole]
+        gpus = self.devices.split(",") if self.devices else [None] * (self.engines or 1)
+        threads, count = self.threads or usable_cores(), len(gpus)
+        return [
+            msgspec.structs.replace(
+                whole,
+                device="cpu" if gpu is None else "cuda",
+                threads=max(1, threads // count + (number < threads % count)),
+                host_budget=whole.host_budget // count,
+                name=gpu or str(number),
+                gpu=gpu,
+            )
+            for number, gpu in enumerate(gpus)
+        ]
+
     @cached_property
     def aliases(self) -> dict[str, str]:
         """What each of the model_aliases means."""
@@ -198,6 +285,13 @@ class Settings(EngineSettings):
         return msgspec.structs.replace(
             super().engine_config(), log_level=self.log_level, start_timeout=self.start_timeout_s
         )
+
+    @field_validator("max_bodies_mib")
+    @classmethod
+    def _covers_one(cls, value: float, info: ValidationInfo) -> float:
+        if value < info.data.get("max_body_mib", 0):
+            raise ValueError("must not be below MAX_BODY_MIB")
+        return value
 
     @field_validator("max_timeout_s")
     @classmethod

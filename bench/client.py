@@ -72,11 +72,11 @@ class Connection(asyncio.Protocol):
 class Client:
     """POSTs to one path of one server, over as many connections as there are requests in flight."""
 
-    def __init__(self, host: str, port: int, path: str = "/generate") -> None:
+    def __init__(self, host: str, port: int, path: str = "/generate", accept: str = "image/*") -> None:
         self.host, self.port = host, port
         self._head = (
-            f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: image/*\r\nContent-Type: application/json\r\n"
-            "Content-Length: "
+            f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: {accept}\r\n"
+            "Content-Type: application/json\r\nContent-Length: "
         ).encode()
         self._idle: list[Connection] = []
 

@@ -66,7 +66,7 @@ def _draw(asked: list[Asked], threads: int) -> list[np.ndarray]:
 
     torch.set_num_threads(threads)
     pipelines, steps = load({name for name, _, _ in asked}, torch.float32), CATALOG["embedded"].variants
-    return [draw(pipelines[name], [prompt], steps[name].steps, [seed])[0].numpy() for name, prompt, seed in asked]
+    return [draw(pipelines[name], [prompt], steps[name].steps[0], [seed])[0].numpy() for name, prompt, seed in asked]
 
 
 async def measure(contender: Contender, truth: dict[Asked, np.ndarray]) -> Fidelity:
@@ -85,7 +85,7 @@ async def measure(contender: Contender, truth: dict[Asked, np.ndarray]) -> Fidel
 
 async def _picture(client: Client, contender: str, ask: Asked, limit: asyncio.Semaphore) -> np.ndarray:
     variant, prompt, seed = ask
-    body = {"prompt": prompt, "seed": seed, "steps": CATALOG["embedded"].variants[variant].steps}
+    body = {"prompt": prompt, "seed": seed, "steps": CATALOG["embedded"].variants[variant].steps[0]}
     if contender == "ours":
         body["variant"] = variant
     async with limit:

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from models.device import Device
-from models.modules import UNetFunction, load_decoder, load_text_encoders
+from models.grid import starts
+from models.modules import Encoder, UNetFunction, load_decoder, load_text_encoders
+from models.original import Kept, Original, put_back
+from models.preview import clean_latents, to_rgb
 from models.prompts import Conditioning, Prompts, TextFunction
 from models.schedule import Schedule, euler_step, model_input
 from models.weights import WeightStore
@@ -40,10 +43,12 @@ class Pipeline:
         self.prompts = Prompts(store, lambda *ids: self.text(*map(device.put, ids)))
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
+        self.encoder = Encoder(self.vae.vae, self.vae.scaling_factor, dtype)
         self.steps: dict[UNetFunction, Step] = {}
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
         self.vae_scale: int = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, 8
+        self._colours = device.put(torch.tensor(store.family.preview, dtype=torch.float32))
 
     def draw(
         self,
@@ -55,10 +60,14 @@ class Pipeline:
         width: int,
         negative: str | None = None,
         guidance: float = 1.0,
+        original: Original | None = None,
+        strength: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Pictures of some prompts, start to end, as decode() returns them: what a server does, without one.
-        negative, guidance: as in Conditioning, for all of them."""
-        latents = self.sample(unet, schedule, prompts, seeds, height, width, negative, guidance)
+        negative, guidance: as in Conditioning, for all of them. original: the picture that they are drawn over, with a
+        strength of models.grid.starts()."""
+        drawn_over = (negative, guidance, original, strength)
+        latents = self.sample(unet, schedule, prompts, seeds, height, width, *drawn_over)
         self.device.wait()
         return self.decode(list(latents))
 
@@ -72,6 +81,8 @@ class Pipeline:
         width: int,
         negative: str | None = None,
         guidance: float = 1.0,
+        original: Original | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
         """Their latents after the last step, (B, 4, h, w) float32."""
         found = self.prompts.encode(prompts)
@@ -79,18 +90,60 @@ class Pipeline:
             away = None if negative is None else self.prompts.encode([negative])[0]
             found = [self.prompts.guide(row, away, guidance) for row in found]
         conditioning = [self.project(unet, row) for row in found]
-        latents = torch.stack([self.noise(seed, height, width, schedule) for seed in seeds])
-        for step in range(len(schedule.timesteps)):
-            latents = self.denoise(unet, schedule, latents, [step] * len(seeds), conditioning)
+        path = starts(len(schedule.timesteps))[strength]
+        begun = [self.begin(seed, height, width, schedule, path, original, strength) for seed in seeds]
+        latents, kept = torch.stack([each[0] for each in begun]), [each[1] for each in begun]
+        for number, step in enumerate(path):
+            noise = [each[2][number] for each in begun if each[2] is not None]
+            row = ([schedule] * len(seeds), latents, [step] * len(seeds), conditioning, noise, kept)
+            latents = self.denoise(unet, *row)
         return latents
 
     def noise(self, seed: int, height: int, width: int, schedule: Schedule) -> Tensor:
         """The starting latents of one picture, (4, h, w) float32: diffusers' own, from a CPU generator, so that a seed
         means the same picture on every device and in any batch."""
+        return self.device.put(self._draws(seed, height, width, 1)[0]) * schedule.start
+
+    def begin(
+        self,
+        seed: int,
+        height: int,
+        width: int,
+        schedule: Schedule,
+        path: range,
+        original: Original | None = None,
+        strength: float = 1.0,
+    ) -> tuple[Tensor, Kept | None, Tensor | None]:
+        """One picture's latents before the first step of its path, what it puts back, and what is added behind each
+        step, (N, 4, h, w) float32: the draws that follow noise()'s, as in diffusers; all beforehand, so that a step
+        that is made again adds the same. None where it inpaints nothing, and where the sampler adds nothing."""
+        added = None if schedule.added is None else schedule.added[path.start : path.stop]
+        if original is not None:
+            return original.begin(self.device, seed, schedule.table[path[0], 1], strength, added)
+        if added is None:
+            return self.noise(seed, height, width, schedule), None, None
+        first, *drawn = self._draws(seed, height, width, 1 + len(added))
+        behind = self.device.put(torch.stack(drawn)) * added.view(-1, 1, 1, 1)
+        return self.device.put(first) * schedule.start, None, behind
+
+    def _draws(self, seed: int, height: int, width: int, count: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (1, self.latent_channels, height // self.vae_scale, width // self.vae_scale)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)[0]
-        return self.device.put(noise) * schedule.sigmas[0]  # trailing: init_noise_sigma = sigma_max
+        return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for _ in range(count)])
+
+    @torch.inference_mode()
+    def look(self, picture: Tensor, mask: Tensor | None = None) -> Original:
+        """A picture to draw over. picture: (H, W, 3) uint8 on the host. mask: (H, W) uint8, above 127 where it is drawn
+        anew. As in diffusers the UNet's latents take one pixel in eight of it. What float16 could not hold is encoded
+        once more in float32."""
+        pixels = self.device.put(picture)[None]
+        mean, std = self.encoder(pixels)
+        if self.dtype is torch.float16 and not (mean.isfinite() & std.isfinite()).all():
+            mean, std = self.encoder.in_float32()(pixels)
+        if mask is None:
+            return Original(mean[0], std[0])
+        seen = (mask[None, :: self.vae_scale, :: self.vae_scale] > 127).float()  # diffusers binarizes at a half
+        return Original(mean[0], std[0], self.device.put(seen))
 
     @torch.inference_mode()
     def project(self, unet: UNetFunction, row: Conditioning) -> Conditioning:
@@ -106,35 +159,52 @@ class Pipeline:
     def denoise(
         self,
         unet: UNetFunction,
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         latents: Tensor,
         steps: Sequence[int],
         conditioning: Sequence[Conditioning],
+        noise: Sequence[Tensor] = (),
+        kept: Sequence[Kept | None] = (),
     ) -> Tensor:
         """One step of every row, wherever each row stands. Waits for nothing on the host. A guided row is two of the
         UNet's.
 
-        latents: (B, 4, h, w) float32. steps: B, each row's index into the schedule.
-        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length.
+        latents: (B, 4, h, w) float32. schedules, steps: B, each row's schedule and its index into that.
+        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length. noise: B, each
+        row's added_noise() of this step, (4, h, w) float32; () where the sampler adds nothing. kept: B, of
+        those that inpaint.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])
         guided = [index for index, row in enumerate(conditioning) if row.away is not None]
         rows = [*conditioning, *(row.away for row in conditioning if row.away is not None)]
         both = torch.cat([latents, latents[guided]]) if guided else latents
-        table = schedule.table[self.device.put(torch.tensor([*steps, *(steps[index] for index in guided)]))]
+        table = torch.stack([schedules[index].table[steps[index]] for index in (*range(len(steps)), *guided)])
         embeds = torch.stack([row.prompt_embeds for row in rows])
         pooled = torch.stack([row.pooled for row in rows])
         time_ids = self._time_ids(height, width).repeat(len(rows), 1)  # compiled code reads it as it lies
         run = self.steps.get(unet) or partial(advance, unet)
         moved = run(both, table, embeds, pooled, time_ids)
-        if not guided:
-            return moved
-        # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row of
-        # the UNet's depends on another, and graphs may split them as they like.
         towards, away = moved[: len(latents)], moved[len(latents) :]
-        scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
-        towards[guided] = away + scale * (towards[guided] - away)
+        if guided:
+            # A step is linear in the UNet's output: to guide where both lead is to guide what the UNet says. So no row
+            # of the UNet's depends on another, and graphs may split them as they like.
+            scale = self.device.put(torch.tensor([conditioning[index].guidance for index in guided])).view(-1, 1, 1, 1)
+            towards[guided] = away + scale * (towards[guided] - away)
+        if noise:
+            towards = towards + torch.stack(tuple(noise))
+        if any(kept):
+            after = torch.stack([schedule.after[step] for schedule, step in zip(schedules, steps, strict=True)])
+            towards = put_back(towards, kept, after)
         return towards
+
+    @torch.inference_mode()
+    def preview(self, schedules: Sequence[Schedule], before: Tensor, after: Tensor, steps: Sequence[int]) -> Tensor:
+        """What a step of denoise() takes for the finished pictures, (B, h, w, 3) uint8 on the host; waits for it.
+        before, after: (B, 4, h, w) float32, the latents around the step, without what a
+        sampler adds. schedules, steps: B, as denoise() took them."""
+        rows = [schedule.table[step] for schedule, step in zip(schedules, steps, strict=True)]
+        sigma, sigma_next = torch.stack(rows).unbind(1)[1:3]
+        return to_rgb(clean_latents(before, after, sigma, sigma_next), self._colours).cpu()
 
     def _time_ids(self, height: int, width: int) -> Tensor:
         # SDXL's micro-conditioning: original size, crop corner, target size; in the model's dtype, as in diffusers

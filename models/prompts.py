@@ -47,6 +47,7 @@ class Prompts:
         self._lengths = [
             store.config(part).get("max_position_embeddings", 77) for part in ("text_encoder", "text_encoder_2")
         ]
+        self._room = min(self._lengths) - 2  # tokens of a prompt in a chunk
         self._known: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
 
     @torch.inference_mode()
@@ -89,8 +90,7 @@ class Prompts:
             for tokenizer in self._tokenizers
         ]
         counts = [max(map(len, ids)) for ids in zip(*tokens, strict=True)]
-        room = min(self._lengths) - 2
-        chunks = [min(CHUNKS, max(1, -(-count // room))) for count in counts]
+        chunks = [min(CHUNKS, max(1, -(-count // self._room))) for count in counts]
         ids = [
             torch.tensor(
                 [chunk for each, few in zip(per, chunks, strict=True) for chunk in self._chunks(which, each, few)]
@@ -101,13 +101,13 @@ class Prompts:
         start = 0
         for key, count, few in zip(new, counts, chunks, strict=True):
             rows = embeds[start : start + few].flatten(0, 1).clone()
-            self._known[key] = Conditioning(rows, pooled[start].clone(), count, truncated=count > few * room)
+            self._known[key] = Conditioning(rows, pooled[start].clone(), count, truncated=count > few * self._room)
             start += few
 
     def _chunks(self, which: int, ids: list[int], few: int) -> list[list[int]]:
         """`few` rows of as many tokens as an encoder takes, with what begins, ends and fills each."""
         tokenizer, length = self._tokenizers[which], self._lengths[which]
-        room = min(self._lengths) - 2
+        room = self._room
         parts = [ids[start : start + room] for start in range(0, few * room, room)]
         rows = [[tokenizer.bos_token_id, *part, tokenizer.eos_token_id] for part in parts]
         return [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]

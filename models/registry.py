@@ -1,6 +1,7 @@
 """The registry: the UNet is code, weights are data. Which weight sets are held, where, and which one is active."""
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,9 +47,12 @@ class Registry:
         self._reader = WeightSets(store, dtype, self.unet.unet.state_dict())
         self._schedules: dict[tuple[str, int], Schedule] = {}
         for variant in store.family.variants.values():
-            self.schedule(variant.name, variant.steps)
+            for steps in variant.steps:
+                self.schedule(variant.name, steps)
         self.active: Weights | None = None
         self.switches = 0
+        self.load_seconds = 0.0  # that the last load took
+        self._switch_seconds: list[float | None] = [None for _ in tiers]  # that the last switch took, by where it was
         self.bind: Callable[[WeightSet], UNetFunction] | None = None
         self._bound: OrderedDict[Weights, UNetFunction] = OrderedDict()
         self._sets: list[OrderedDict[Weights, WeightSet]] = [OrderedDict() for _ in tiers]
@@ -64,7 +68,7 @@ class Registry:
 
     def schedule(self, variant: str, steps: int) -> Schedule:
         """The table of a variant at a step count, on the device; made once. Raises ValueError for steps that the
-        variant was not made for."""
+        variant does not declare."""
         if (variant, steps) not in self._schedules:
             made = make_schedule(self.store.family.variants[variant], steps)
             self._schedules[variant, steps] = made.to(self.device.name)
@@ -79,7 +83,9 @@ class Registry:
             self._loading.add(weights)
         try:
             with self._one_load, self.device.loading():
+                start = time.monotonic()
                 self._hold(weights, self._read(weights), first_tier=0)
+                self.load_seconds = time.monotonic() - start
             with self._lock:
                 self._failed.pop(weights, None)
         except Exception as error:
@@ -102,6 +108,13 @@ class Registry:
         with self._lock:
             return any(weights in tier for tier in self._sets)
 
+    def held(self) -> dict[Weights, float]:
+        """Each resident weight set, and the seconds until use() would have it in use: as measured, or until then no
+        better than a load."""
+        with self._lock:
+            known = [self.load_seconds if seconds is None else seconds for seconds in self._switch_seconds]
+            return {weights: seconds for tier, seconds in zip(self._sets, known, strict=True) for weights in tier}
+
     def weight_set(self, weights: Weights) -> WeightSet:
         """Resident tensors, not to be changed. Raises KeyError if they are not resident."""
         with self._lock:
@@ -112,11 +125,14 @@ class Registry:
         with self._lock:
             weight_set = self._touch(weights)
             if self.active != weights:
+                start = time.monotonic()
                 self.switches += 1
                 self.active = weights
                 if self.bind is None:
                     self.unet.take(weight_set)
                     self.device.wait()  # or the set might be evicted, and its memory used anew, before it is read
+                tier = next(index for index, held in enumerate(self._sets) if weights in held)
+                self._switch_seconds[tier] = time.monotonic() - start
             if self.bind is None:
                 return self.unet
             return self._function(weights, weight_set)

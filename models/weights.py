@@ -1,4 +1,4 @@
-"""Find, fetch and verify weight files. Only this file touches the disk or the hub, and only safetensors leave it."""
+"""Find, fetch and verify weight files. Only this file and hub.py touch the disk, and only safetensors leave it."""
 
 import hashlib
 import json
@@ -10,11 +10,10 @@ from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor
 
+from models import hub, single_file
 from models.catalog import Component, Family, Repository
 
 HEADER_LIMIT = 8 << 20  # bytes; SDXL's UNet header takes 0.2 MB. A larger one is an attack, not a model.
@@ -34,16 +33,33 @@ class WeightStore:
     """The files of one family: in a local directory, in the Hugging Face cache, or downloaded on demand.
 
     directory: holds the family's folders (text_encoder/, vae/, ...) and the Lightning files at its root, with or
-    without the ".fp16" in their names. None: the family's own directory, or the hub.
+    without the ".fp16" in their names. None: the family's own directory, or the hub. Of a user's own family it holds
+    what that has from the family it is like, whose store is `like`.
     """
 
     def __init__(self, family: Family, directory: Path | None = None) -> None:
         self.family = family
-        self.directory = directory or family.directory
+        self.directory = family.directory if family.like else directory or family.directory
+        self.like = WeightStore(family.like, directory) if family.like else self
+
+    def read(self, part: str, place: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """All tensors of a component, by diffusers' names; as read() does. Raises MissingWeights, BadWeights."""
+        if not self._is_in_file(part):
+            return read(self.component_file(part), place, dtype)
+        path = self._own_file()
+        state = read(path, place, dtype, single_file.PREFIXES[part])
+        try:
+            return single_file.convert(part, state, self.config(part))
+        except (ValueError, KeyError, IndexError) as error:
+            raise BadWeights(f"{path.name}: its {part} is not SDXL's: {error}") from error
 
     def component_file(self, part: str, index: int = -1, download: bool = True) -> Path:
         """The path of one file of a component (by default its last, the weights). Raises MissingWeights."""
         component = self.family.components[part]
+        if part in self.family.lent or (self._is_in_file(part) and component.files[index] != component.files[-1]):
+            return self.like.component_file(part, index, download)
+        if self._is_in_file(part):
+            return self._own_file()
         return self._find(component, component.files[index], local_folder=part, download=download)
 
     def component_folder(self, part: str, download: bool = True) -> Path:
@@ -52,6 +68,8 @@ class WeightStore:
 
     def _component_paths(self, part: str, download: bool) -> dict[str, Path]:
         """Where each file of a component is, by its name in the catalog."""
+        if part in self.family.lent:
+            return self.like._component_paths(part, download)
         component = self.family.components[part]
         other = [self.directory / part / file for file in component.or_files] if self.directory else []
         if other and all(path.is_file() for path in other):
@@ -60,8 +78,31 @@ class WeightStore:
 
     def variant_file(self, name: str, download: bool = True) -> Path:
         """The path of a variant's file. Raises MissingWeights."""
-        variant = self.family.variants[name]
-        return self._find(Component("", (variant.file,), "lightning"), variant.file, local_folder="", download=download)
+        file = self.family.variants[name].file
+        return self._holder(file)._lightning_file(file, download) if file else self.component_file("unet", -1, download)
+
+    def _holder(self, file: str) -> "WeightStore":
+        """The store that has a variant's file: ours is beside its catalog; else it may be one of the release."""
+        known = {variant.file for variant in self.like.family.variants.values()}
+        return self.like if file in known and not (self.family.root / file).is_file() else self
+
+    def _lightning_file(self, file: str, download: bool) -> Path:
+        if self.family.like is not None:
+            return self._find_locally(self.family.root, Path(file))
+        return self._find(Component("", (file,), "lightning"), file, local_folder="", download=download)
+
+    def _is_in_file(self, part: str) -> bool:
+        """Whether a component is in the family's checkpoint of one file."""
+        return self.family.file is not None and part not in self.family.lent
+
+    def _own_file(self) -> Path:
+        """A checkpoint of one file, whose header says that it is one. Raises MissingWeights, BadWeights."""
+        assert self.family.file is not None
+        path = self._find_locally(self.family.root, self.family.file)
+        parts = [part for part in self.family.components if self._is_in_file(part)]
+        if reason := single_file.refusal(check_header(path), parts):
+            raise BadWeights(f"family {self.family.name}: {path.name} cannot be served: {reason}")
+        return path
 
     def config(self, part: str) -> dict[str, Any]:
         """A component's config.json. Raises MissingWeights, BadWeights."""
@@ -78,6 +119,8 @@ class WeightStore:
     def zeros_for_empty_prompt(self) -> bool:
         """Whether an absent negative prompt is zeros, not the encoded empty prompt: what the model's directory says, or
         diffusers' default."""
+        if self.family.file:
+            return self.like.zeros_for_empty_prompt
         path = self.directory and self.directory / "model_index.json"
         try:
             return bool(json.loads(path.read_text())["force_zeros_for_empty_prompt"]) if path else True
@@ -99,7 +142,7 @@ class WeightStore:
         for name in self.family.variants:
             try:
                 self.variant_file(name, download=False)
-            except MissingWeights:
+            except (MissingWeights, BadWeights):
                 continue
             here.append(name)
         return here
@@ -107,10 +150,20 @@ class WeightStore:
     def verify(self, name: str, download: bool = False) -> str:
         """Look at the whole of every file of a component or variant. Returns "right", or that it is present where no
         digest is known. Raises MissingWeights, BadWeights."""
-        if name in self.family.variants:
-            paths = {self.family.variants[name].file: self.variant_file(name, download)}
-        else:
-            paths = {f"{name}/{file}": path for file, path in self._component_paths(name, download).items()}
+        family = self.family
+        if name in family.lent:
+            return self.like.verify(name, download)
+        if name in family.variants:
+            path, file = self.variant_file(name, download), family.variants[name].file
+            return self._holder(file)._verify({file: path}) if file else "the family's own unet"
+        if self._is_in_file(name):
+            self.like._verify({f"{name}/config.json": self.component_file(name, 0, download)})
+            path = self._own_file()
+            return self._verify({path.name: path}) if name == "unet" else f"in {path.name}"
+        return self._verify({f"{name}/{file}": path for file, path in self._component_paths(name, download).items()})
+
+    def _verify(self, paths: dict[str, Path]) -> str:
+        """The same of files by their names in sha256."""
         for key, path in paths.items():
             if path.suffix == ".safetensors":
                 check_header(path)
@@ -131,18 +184,16 @@ class WeightStore:
         assert component.repository is not None, "a family has repositories, or a directory of its own"
         repository = self.family.repositories[component.repository]
         name = f"{component.folder}/{file}" if component.folder else file
-        cached = try_to_load_from_cache(repository.id, name, revision=repository.revision)
-        if isinstance(cached, str):
-            return Path(cached)
+        if (path := hub.cached(repository, name)) is not None:
+            return path
         if not download:
             raise MissingWeights(self._advice(name, repository))
         try:
-            path = Path(hf_hub_download(repository.id, name, revision=repository.revision))  # shows a progress bar
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-            if constants.HF_HUB_OFFLINE:
-                raise MissingWeights(f"{self._advice(name, repository)} HF_HUB_OFFLINE forbids a download.") from error
-            cause = _cause(error)
-            raise MissingWeights(f"{name} of {repository.id} cannot be downloaded: {cause}") from error
+            path = hub.download(repository, name)
+        except hub.Offline as error:
+            raise MissingWeights(f"{self._advice(name, repository)} HF_HUB_OFFLINE forbids a download.") from error
+        except hub.NotDownloaded as error:
+            raise MissingWeights(f"{name} of {repository.id} cannot be downloaded: {error}") from error
         try:
             # Once, as it comes: what is in the cache is taken as it is.
             self._check_digest(f"{local_folder}/{file}".lstrip("/"), path)
@@ -153,14 +204,12 @@ class WeightStore:
         return path
 
     def _find_locally(self, directory: Path, file: Path) -> Path:
-        for name in (file.name, file.name.replace(".fp16.", ".")):
+        for name in hub.names(file.name):
             path = directory / file.with_name(name)
             if path.is_file():
                 return path
-        raise MissingWeights(
-            f"{file} of {self.family.name} is not in {directory}. "
-            "Put the file there, or set MODEL_DIR to a directory that has it."
-        )
+        advice = "" if self.family.like else " Put the file there, or set MODEL_DIR to a directory that has it."
+        raise MissingWeights(f"{file} of {self.family.name} is not in {directory}.{advice}")
 
     def _advice(self, name: str, repository: Repository) -> str:
         return (
@@ -169,15 +218,17 @@ class WeightStore:
         )
 
 
-def read(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Copies of all tensors of a safetensors file, by name, on a device: what becomes of the file changes nothing.
-    dtype: the file's own if None. Raises BadWeights for anything else, and for tensors that are no weights."""
+def read(path: Path, device: str = "cpu", dtype: torch.dtype | None = None, prefix: str = "") -> dict[str, Tensor]:
+    """Copies of a safetensors file's tensors whose names have a prefix, on a device: what becomes of the file changes
+    nothing. dtype: the file's own if None. Raises BadWeights for anything else, and for tensors that are no weights."""
     check_header(path)
     state = {}
     with _opened(path, device) as file:
         for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            if not key.startswith(prefix):
+                continue
             tensor = file.get_tensor(key)
-            if not tensor.is_floating_point() and key != POSITION_IDS:
+            if not tensor.is_floating_point() and key.removeprefix(prefix) != POSITION_IDS:
                 raise BadWeights(f"{path.name}: {key} is {tensor.dtype}, which is not floating point")
             state[key] = tensor.to(dtype or tensor.dtype, copy=device == "cpu")  # elsewhere get_tensor made the copy
             if not is_finite(state[key]):
@@ -231,15 +282,6 @@ def check_fit(expected: dict[str, Tensor], state: dict[str, Tensor], name: str) 
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))[:3]
         raise BadWeights(f"{name}: its tensors do not fit this model, first {wrong}")
-
-
-def _cause(error: BaseException) -> str:
-    """What the hub, the network or the disk said, of all that was raised on its way here."""
-    while not isinstance(error, HfHubHTTPError) and (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return f"{error.response.url.host} answered {error.response.status_code} {error.response.reason_phrase}"
-    return str(error) or type(error).__name__
 
 
 def _sha256(path: Path) -> str:

@@ -26,11 +26,14 @@ class WeightSets:
         if wanted.styles:
             raise weights.MissingWeights(f"no such style: {', '.join(name for name, _ in wanted.styles)}")
         path = self.store.variant_file(variant.name)
-        if variant.kind == "unet":
+        if not variant.file:
+            state = self.store.read("unet", place, self.dtype)
+            weights.check_fit(self._expected, state, path.name)
+        elif variant.kind == "unet":
             state = weights.read(path, place, self.dtype)
             weights.check_fit(self._expected, state, variant.file)
         else:
-            state = weights.read(self.store.component_file("unet"), place)  # as it is: rounded once, behind the sum
+            state = self.store.read("unet", place)  # as it is: rounded once, behind the sum
             weights.check_fit(self._expected, state, "unet")
             added = weights.read(path, place)
             metadata = (weights.check_header(path).get("__metadata__") or {}).get("lora_adapter_metadata", "{}")

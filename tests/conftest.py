@@ -9,16 +9,20 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import pytest
 
+if TYPE_CHECKING:
+    from playwright.async_api import Page
+
 ROOT = Path(__file__).parent.parent
+TOOLS = Path(os.environ.get("TOOLS", ROOT / ".venv" / "tools"))  # of make .venv/tooled
 EMBEDDED = ROOT / "models" / "embedded"
 APPLE = {"prompt": "a red apple on a blue background", "steps": 4, "seed": 7}
 START_S = 120  # to wait for a server: a shared machine of 2 cores
@@ -80,15 +84,17 @@ class ServerProcess:
 
     @contextmanager
     def stopped_engine(self) -> Iterator[psutil.Process]:
-        """Keep the engine from working, so that what arrives meanwhile is in it together, however slow the machine.
-        Not for longer than the server waits for an engine that hangs: 20 s."""
-        engine = self.engine()
-        engine.suspend()
+        """Keep every engine from working, so that what arrives meanwhile is in them together, however slow the machine.
+        Not for longer than the server waits for an engine that hangs: 20 s. Yields the first."""
+        engines = self.engines()
+        for engine in engines:
+            engine.suspend()
         try:
-            yield engine
+            yield engines[0]
         finally:
-            with suppress(psutil.NoSuchProcess):
-                engine.resume()
+            for engine in engines:
+                with suppress(psutil.NoSuchProcess):
+                    engine.resume()
 
     def in_engine(self) -> float:
         """Pictures that the engine has and that somebody waits for."""
@@ -97,13 +103,14 @@ class ServerProcess:
 
     def engine(self) -> psutil.Process:
         """The engine process."""
-        return self._engines()[0]
+        return self.engines()[0]
 
     def has_engine(self) -> bool:
         """Whether there is one, at whatever stage."""
-        return bool(self._engines())
+        return bool(self.engines())
 
-    def _engines(self) -> list[psutil.Process]:
+    def engines(self) -> list[psutil.Process]:
+        """All of them, in the order they were started."""
         found = []
         for child in psutil.Process(self.process.pid).children():
             with suppress(psutil.NoSuchProcess):  # it may end while we look
@@ -117,7 +124,7 @@ class ServerProcess:
         samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in samples}
 
-    def log_lines(self) -> list[dict]:
+    def log_lines(self) -> list[dict[str, Any]]:
         """The server's log, line by line; what libraries print is left out."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
@@ -165,8 +172,26 @@ def needed(what: str, package: str) -> str:
     found = shutil.which(what) or (what if Path(what).exists() else None)
     if found is None:
         reason = f"{what} is not installed (Debian: apt-get install {package})"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
     return found
+
+
+@asynccontextmanager
+async def browser_page(**options: Any) -> AsyncIterator["Page"]:
+    """A page in a browser of its own. options: of Playwright's new_context()."""
+    from playwright.async_api import async_playwright  # half a second, which few tests need
+
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=needed("chromium", "chromium"),
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
+        )
+        page = await (await browser.new_context(**options)).new_page()
+        page.set_default_timeout(120_000)  # milliseconds: a browser needs both cores of a shared machine
+        yield page
+        await browser.close()
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60) -> bool:

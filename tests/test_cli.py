@@ -7,11 +7,14 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.models import oracle
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +27,33 @@ def test_generate_draws_a_prompt_into_a_file(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "apple.png") as picture:
         assert picture.size == (128, 128)
+
+
+def test_generate_draws_over_a_picture_where_its_mask_is_white(tmp_path):
+    image, mask, output = (tmp_path / name for name in ("image.png", "mask.png", "x.png"))
+    Image.fromarray(oracle.IMAGE.numpy()).save(image)
+    Image.fromarray(oracle.MASK.numpy()).save(mask)
+    over = ("--image", str(image), "--mask", str(mask), "--output", str(output), "--seed", "3")
+    done = run("generate", "a red apple", "--strength", "0.8", *over)
+    assert done.returncode == 0, done.stderr
+    with Image.open(output) as picture:
+        differs = (torch.from_numpy(np.asarray(picture).copy()) != oracle.IMAGE).any(dim=2)
+        assert "Denoising strength: 0.75" in picture.text["parameters"]
+    assert not differs[oracle.MASK == 0].any()
+    assert differs[oracle.MASK == 255].any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--strength", "0.5"), "strength needs an image"),
+        (("--image", "README.md"), "README.md: image is no whole PNG"),
+        (("--image", "nowhere.png"), "nowhere.png cannot be read"),
+    ],
+)
+def test_generate_says_what_is_wrong_with_a_picture(flags, said):
+    refused = run("generate", "x", *flags)
+    assert (refused.returncode, said in refused.stderr, "Traceback" in refused.stderr) == (1, True, False)
 
 
 def test_generate_says_what_is_wrong(tmp_path):

@@ -1,9 +1,7 @@
 """The chart, the alert rules and the board, by the tools that would read them."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,21 +11,12 @@ import pytest
 import yaml
 
 from app.metrics import Metrics
+from tests.conftest import ROOT, TOOLS, needed
 
-ROOT = Path(__file__).parent.parent
 DEPLOY, CHART = ROOT / "deploy", ROOT / "deploy" / "chart"
-TOOLS = Path(os.environ.get("TOOLS", ROOT / ".venv" / "tools"))
+HELM, HOW = str(TOOLS / "helm"), "none; make .venv/tooled"
 VALUES = ("values-cpu.yaml", "values-gpu.yaml", "values-8gpu.yaml")
 OTHERS = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}  # kinds that Kubernetes itself has no schema of
-
-
-def needs(tool: str | Path) -> str:
-    """The path of a program, without which a test is skipped; in CI it fails."""
-    found = shutil.which(tool)
-    if found is None and os.environ.get("CI") != "true":
-        pytest.skip(f"{tool} is not installed: make .venv/tooled system-packages")
-    assert found is not None, tool
-    return found
 
 
 def run(*command: str | Path, stdin: str = "") -> str:
@@ -38,20 +27,20 @@ def run(*command: str | Path, stdin: str = "") -> str:
 
 def render(*more: str) -> list[dict]:
     """The chart's resources."""
-    rendered = run(needs(TOOLS / "helm"), "template", "demo", CHART, "--namespace", "pictures", *more)
+    rendered = run(needed(HELM, HOW), "template", "demo", CHART, "--namespace", "pictures", *more)
     return [each for each in yaml.safe_load_all(rendered) if each]
 
 
 @pytest.mark.parametrize("values", VALUES)
 def test_the_chart_is_accepted_by_helm_and_by_the_schemas_of_its_resources(values):
-    run(needs(TOOLS / "helm"), "lint", "--strict", CHART, "--values", CHART / values)
+    run(needed(HELM, HOW), "lint", "--strict", CHART, "--values", CHART / values)
     resources = render("--values", str(CHART / values))
     for resource in resources:
         if resource["kind"] not in OTHERS:
             kubernetes_validate.validate(resource, "1.33", strict=True)
     others = [each for each in resources if each["kind"] in OTHERS]
     if others:
-        told = run(needs("node"), DEPLOY / "validate.mjs", TOOLS, stdin=json.dumps(others))
+        told = run(needed("node", "nodejs"), DEPLOY / "validate.mjs", TOOLS, stdin=json.dumps(others))
         assert sorted(told.split()) == sorted(each["kind"] for each in others)
 
 
@@ -60,7 +49,7 @@ def test_the_chart_is_accepted_by_helm_and_by_the_schemas_of_its_resources(value
     ["replicas=-1", "settings.PORT=1", "sevice.port=80", "autoscaling.targetSeconds=0", "weights.accessModes[0]=Some"],
 )
 def test_values_that_make_no_sense_are_refused(wrong):
-    command = [needs(TOOLS / "helm"), "template", "demo", str(CHART), "--set", wrong]
+    command = [needed(HELM, HOW), "template", "demo", str(CHART), "--set", wrong]
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode != 0
 
 
@@ -76,8 +65,8 @@ def test_a_pod_is_given_the_time_to_drain_and_no_more_rights_than_it_needs():
 
 
 def test_the_alert_rules_hold_in_their_tests():
-    run(needs("promtool"), "check", "rules", CHART / "files" / "alerts.yml")
-    run(needs("promtool"), "test", "rules", DEPLOY / "alerts_test.yml")
+    run(needed("promtool", "prometheus"), "check", "rules", CHART / "files" / "alerts.yml")
+    run(needed("promtool", "prometheus"), "test", "rules", DEPLOY / "alerts_test.yml")
 
 
 def test_board_alerts_and_scaling_ask_for_series_that_there_are():

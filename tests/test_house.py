@@ -12,7 +12,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = {"app", "models", "distill", "bench", "tests"}
 MAY_IMPORT = {"models": {"models"}, "distill": {"models", "distill"}, "app": {"app", "models"}}
-HTTP_SIDE = ("fleet", "admission", "queue", "process", "messages", "wire", "jobs", "costs", "scheduler")
+HTTP_SIDE = (
+    "fleet",
+    "admission",
+    "queue",
+    "process",
+    "messages",
+    "wire",
+    "jobs",
+    "costs",
+    "scheduler",
+    "placement",
+    "flight",
+    "gpus",
+)
 DEVICE_SIDE = ("worker", "load", "cores", "warmup", "loop", "calls", "work", "loading", "upgrade")
 ROUTES = {f"app.api.{name}" for name in ("generate", "openai", "models", "a1111", "huggingface", "health")}
 ASKS_FOR_A_GPU = re.compile(r"""torch\.cuda|\.is_cuda|[!=]= ?["']cuda""")
@@ -72,7 +85,7 @@ def test_errors_import_nothing_of_ours():
 
 
 def test_policy_is_pure():
-    for name in ("scheduler", "costs", "admission", "jobs"):
+    for name in ("scheduler", "costs", "admission", "placement", "jobs"):
         assert not starts(imports(ROOT / "app" / "engine" / f"{name}.py"), "torch", "asyncio", "time", "random")
 
 

@@ -19,18 +19,17 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
-    refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
 from app.api.draw import Drawn, Picture, as_base64, as_json, draw, parameters
 from app.api.problems import declare, named
+from app.api.schemas import refusal
 from app.engine.jobs import Job
 from app.errors import Problem
 from app.http.limits import LimitedRoute
-from app.order import DEFAULT_STEPS, Order
+from app.order import Order
 from app.settings import ANY_STEPS
-from models.catalog import CATALOG
 
 router = APIRouter(tags=["A1111"])
 drawing = APIRouter(prefix="/sdapi/v1", route_class=CompatRoute, tags=["A1111"])
@@ -102,7 +101,7 @@ class Txt2Img(Tolerant):
     prompt: Prompt
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
     seed: Seed = Field(-1, description="below 0: random")
-    steps: int = DEFAULT_STEPS
+    steps: int | None = None
     cfg_scale: float = 0.0
     width: int = Field(512, ge=8, le=4096)
     height: int = Field(512, ge=8, le=4096)
@@ -127,10 +126,11 @@ class Txt2Img(Tolerant):
         """What is asked for. Raises Problem where there is no such checkpoint."""
         checkpoint = self.override_settings.sd_model_checkpoint or parts.chosen.get("checkpoint")
         name = variant_of(checkpoint, parts)
-        variants = CATALOG[parts.fleet.require_ready().family].variants
-        has_weights = self.steps in {each.steps for each in variants.values()}
-        steps = None if name else self.steps if has_weights else DEFAULT_STEPS
-        declared = variants[name or f"{steps}step-unet"].guidance
+        variant = parts.family.choose(name, self.steps)
+        steps = self.steps if variant else None
+        if variant is None:
+            variant = parts.family.variants[name or parts.family.default]
+        declared = variant.guidance
         is_declared = declared is not None and declared.minimum <= self.cfg_scale <= declared.maximum
         guidance = self.cfg_scale if is_declared else declared.default if declared else None
         return Order(
@@ -155,7 +155,7 @@ class Txt2Img(Tolerant):
         ours = {
             "negative_prompt": self.negative_prompt and job.guidance <= 1,
             "cfg_scale": self.cfg_scale > 1 and self.cfg_scale != job.guidance,
-            "steps": self.steps != job.steps,
+            "steps": self.steps not in (None, job.steps),
         }
         return [name for name, is_unused in ours.items() if is_unused] + names
 
@@ -191,7 +191,7 @@ async def set_options(body: Settings, parts: PartsDep) -> None:
 @router.get("/sdapi/v1/sd-models", responses=declare(503))
 async def sd_models(parts: PartsDep) -> list[dict[str, str | None]]:
     """The model as a whole, whose variant follows from the steps, and every variant."""
-    names = (ANY_STEPS, *CATALOG[parts.fleet.require_ready().family].variants)
+    names = (ANY_STEPS, *parts.family.variants)
     nothing = dict.fromkeys(("hash", "sha256", "config"))
     return [{"title": name, "model_name": name, "filename": f"{name}.safetensors", **nothing} for name in names]
 
@@ -248,7 +248,7 @@ def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
         "all_seeds": [job.seed for job in jobs],
         "width": first.done.width,
         "height": first.done.height,
-        "sampler_name": SAMPLER,
+        "sampler_name": images.SAMPLERS[first.variant.sampler],
         "cfg_scale": first.job.guidance if first.job.guidance > 1 else 0,
         "steps": first.job.steps,
         "batch_size": len(jobs),
@@ -263,4 +263,4 @@ def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
 def _infotext(body: Txt2Img, picture: Picture) -> str:
     """A picture's parameters as the web UI writes them, and reads them back."""
     away = f"Negative prompt: {body.negative_prompt}\n" if picture.job.negative_prompt else ""
-    return f"{body.prompt}\n{away}{images.line(parameters(picture.job, picture.done))}"
+    return f"{body.prompt}\n{away}{images.line(parameters(picture.variant, picture.job, picture.done))}"

@@ -30,6 +30,13 @@ def choose_format(accept: str | None, body: GenerateRequest) -> str | None:
     return next(name for name, quality in pictures.items() if quality == best)
 
 
+def check_stream(accept: str | None) -> None:
+    """Raises Problem where events are not what may be answered. JSON may stand for them: `stream` asks for them."""
+    wanted = _parse(accept or "*/*")
+    if not any(wanted.get(media, 0.0) > 0 for media in ("text/event-stream", "text/*", *JSON)):
+        raise Problem(errors.NOT_ACCEPTABLE, "a stream is text/event-stream: accept it, or leave stream out", "stream")
+
+
 def _parse(accept: str) -> dict[str, float]:
     """Media ranges by name with their quality, 0 to 1; what cannot be read counts as quality 0."""
     ranges = {}

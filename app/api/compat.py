@@ -3,15 +3,14 @@
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from app import errors
 from app.api.deps import Parts
+from app.api.schemas import refusal
 from app.errors import Problem
 from app.http.limits import DrawingRoute
 from app.order import SEED_LIMIT, is_blank
 from app.settings import ANY_STEPS
-from models.catalog import CATALOG
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI has it; what is not read is cut
 MOST_PICTURES = 10  # of one request, as OpenAI has it
@@ -44,18 +43,13 @@ Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_visibl
 Seed = Annotated[int, Field(lt=SEED_LIMIT)]
 
 
-def refusal(field: str, text: str) -> PydanticCustomError:
-    """What a model's validator raises: the sentence, and the field that it is about."""
-    return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
-
-
 def variant_of(model: str | None, parts: Parts) -> str | None:
     """The variant that a model's name means, None where it follows from the steps. Raises Problem where there is no
     such model."""
     name = parts.settings.aliases.get(model or ANY_STEPS, model or ANY_STEPS)
     if name == ANY_STEPS:
         return None
-    known = CATALOG[parts.fleet.require_ready().family].variants
+    known = parts.family.variants
     if name not in known:
         detail = f"there is no model of this name; there are {', '.join((ANY_STEPS, *known))}"
         raise Problem(errors.UNKNOWN_MODEL, detail, "model")

@@ -1,4 +1,5 @@
-"""Typed access to what main.py assembled. Nothing else reads the application's state."""
+"""Typed access to what main.py assembled. Nothing else reads the application's state, but
+app.http.limits what it keeps there itself."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -10,16 +11,24 @@ from app.engine.fleet import Fleet
 from app.keys import Key
 from app.metrics import Metrics
 from app.settings import Settings
+from models.catalog import Family
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What one server is made of. chosen: what a client of an API chose for all requests to it."""
+    """What one server is made of. families: all that it could serve. chosen: what a client of an API chose for all
+    requests to it."""
 
     fleet: Fleet
     settings: Settings
     metrics: Metrics
+    families: dict[str, Family]
     chosen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        """What it serves. Raises Problem while it does not."""
+        return self.families[self.fleet.require_ready().family]
 
 
 def install(app: FastAPI, parts: Parts) -> None:

@@ -13,14 +13,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app import errors, images
+from app import errors, images, uploads
 from app.api.deps import Parts
 from app.engine.jobs import Job
-from app.engine.messages import Done
+from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
 from app.order import PROMPT_LIMIT, Limits, Order, resolve
-from models.catalog import CATALOG
+from app.traces import Trace
+from models.catalog import Family, Variant
 
 ENGINE_STAGES = ("queue", "encode", "denoise", "decode")
 INLINE_PIXELS = 256 * 256
@@ -34,6 +35,7 @@ class Picture:
     """One picture file and what drew it."""
 
     file: bytes
+    variant: Variant
     job: Job
     done: Done
 
@@ -52,25 +54,50 @@ async def draw(order: Order, output_format: str, quality: int, request: Request,
     """Draw an order and make its files. Raises Problem; when the client leaves first, its jobs leave the engine."""
     start = time.monotonic()
     jobs, done = await _unless_the_client_leaves(request, _drawn(order, request, parts))
+    return await finish(order, jobs, done, output_format, quality, start, request, parts)
+
+
+async def finish(
+    order: Order,
+    jobs: Sequence[Job],
+    done: Sequence[Done],
+    output_format: str,
+    quality: int,
+    start: float,
+    request: Request,
+    parts: Parts,
+) -> Drawn:
+    """Make the files of what was drawn. start: when the order came, on the monotonic clock."""
     encoding = time.monotonic()
-    files = [await make_file(job, each, output_format, quality) for job, each in zip(jobs, done, strict=True)]
+    family: Family = request.state.family  # as it was then: by now we may drain
+    variant = family.variants[jobs[0].weights.variant]
+    drawn = zip(jobs, done, strict=True)
+    files = [await make_file(order, variant, *each, output_format, quality) for each in drawn]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
-    pictures = [Picture(*each) for each in zip(files, jobs, done, strict=True)]
+    trace: Trace | None = getattr(request.state, "trace", None)
+    if trace is not None:
+        trace.pictures(done)
+        trace.add("file", encoding, end - encoding)
+    pictures = [Picture(file, variant, job, each) for file, job, each in zip(files, jobs, done, strict=True)]
     is_cut = done[0].truncated or len(order.prompt) > PROMPT_LIMIT
     return Drawn(pictures, is_cut, _timings(done, end - encoding, end - start))
 
 
 async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool = True) -> AsyncGenerator[Event]:
-    """What becomes of an order: Accepted, Stepped where that is wanted, and Done for each picture. Raises Problem.
-    Close this iterator to take the jobs out of the engine."""
-    family, settings = CATALOG[parts.fleet.require_ready().family], parts.settings
+    """What becomes of an order: Accepted; Waiting and Stepped where that is wanted; Preview where the order wants it;
+    and Done for each picture. Raises Problem. Close this iterator to take the jobs out of the engine."""
+    settings = parts.settings
     limits = Limits(settings.timeout_s, settings.max_timeout_s, settings.max_pixels)
-    jobs = resolve(order, family, limits, time.monotonic())
+    request.state.family = parts.family
+    jobs = resolve(order, parts.family, limits, time.monotonic())
     request.state.variant = jobs[0].weights.variant
     if not settings.load_on_demand:
         _require_resident(jobs[0].weights.variant, parts)
-    async with aclosing(parts.fleet.watch(jobs, request.state.who, wants_steps)) as events:
+    trace: Trace | None = getattr(request.state, "trace", None)
+    if trace is not None:
+        jobs = [msgspec.structs.replace(job, trace=trace.traceparent) for job in jobs]
+    async with aclosing(parts.fleet.watch(jobs, request.state.who, wants_steps, order.source)) as events:
         async for event in events:
             yield event
 
@@ -133,25 +160,38 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-def parameters(job: Job, done: Done) -> dict[str, Any]:
+def parameters(variant: Variant, job: Job, done: Done) -> dict[str, Any]:
     """What drew a picture, in the words of other tools."""
-    return {
+    found = {
         "Steps": job.steps,
-        "Sampler": "Euler",
-        "Schedule type": "SGM Uniform",  # what other tools call trailing timesteps
+        "Sampler": images.SAMPLERS[variant.sampler],
+        "Schedule type": images.SCHEDULES[variant.sigmas or variant.spacing],
         "CFG scale": job.guidance if job.guidance > 1 else 0,
         "Seed": job.seed,
         "Size": f"{done.width}x{done.height}",
         "Model": f"sdxl-lightning-{job.weights.variant}",
     }
+    if job.strength is not None:
+        found["Denoising strength"] = job.strength
+    return found
 
 
-async def make_file(job: Job, done: Done, output_format: str, quality: int) -> bytes:
-    """A picture file of what was drawn."""
-    arguments = (done.pixels, done.width, done.height, output_format, quality, parameters(job, done))
+async def make_file(order: Order, variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
+    """A picture file of what was drawn, with what the order keeps of its image."""
+
+    def encode() -> bytes:
+        pixels = uploads.keep(done.pixels, order.image, order.mask) if order.image and order.mask else done.pixels
+        return images.encode(pixels, done.width, done.height, output_format, quality, parameters(variant, job, done))
+
     if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
-        return images.encode(*arguments)
-    return await run_in_threadpool(images.encode, *arguments)
+        return encode()
+    return await run_in_threadpool(encode)
+
+
+def preview_file(preview: Preview, output_format: str, quality: int) -> bytes:
+    """A picture file of a preview, marked as every other."""
+    arguments = (preview.pixels, preview.width, preview.height, output_format, quality)
+    return images.encode(*arguments, {"Preview": f"step {preview.step}"})
 
 
 def _timings(done: Sequence[Done], image: float, total: float) -> dict[str, float]:

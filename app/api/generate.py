@@ -1,18 +1,31 @@
 """POST /generate, our own API: strict, and nothing that was asked for is ignored."""
 
+import json
+import math
 import time
+from binascii import b2a_base64
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from fastapi.sse import format_sse_event
 
-from app import images
-from app.api.accept import choose_format
-from app.api.deps import PartsDep, owner_of
-from app.api.draw import Drawn, as_base64, as_json, draw
+from app import images, uploads
+from app.api import sse
+from app.api.accept import check_stream, choose_format
+from app.api.deps import Parts, PartsDep, owner_of
+from app.api.draw import Drawn, as_base64, draw, finish, preview_file, watch
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse
-from app.http.limits import DrawingRoute
+from app.engine.jobs import Job
+from app.engine.messages import Done, Preview
+from app.engine.queue import Accepted, Waiting
+from app.errors import Problem, document
+from app.http.limits import PictureRoute
 from app.order import Order
+from app.uploads import Bitmap
 
 
 class Deadline(msgspec.Struct):
@@ -21,11 +34,13 @@ class Deadline(msgspec.Struct):
     timeout: float | None = None
 
 
-class StrictRoute(DrawingRoute):
+class StrictRoute(PictureRoute):
     """A route whose requests may name their deadline."""
 
-    def timeout(self, body: bytes) -> float | None:
-        """By a millionth of a second's work."""
+    def timeout(self, body: bytes | None) -> float | None:
+        """By a millionth of a second's work; for ever where it is not known yet."""
+        if body is None:
+            return math.inf
         try:
             return msgspec.json.decode(body, type=Deadline).timeout
         except msgspec.DecodeError:
@@ -34,23 +49,40 @@ class StrictRoute(DrawingRoute):
 
 router = APIRouter(route_class=StrictRoute)
 
-PICTURE = {"content": {media: {} for media in images.MEDIA_TYPES.values()}, "description": "the pictures, or one bare"}
+MEDIA = (*images.MEDIA_TYPES.values(), "text/event-stream")
+PICTURE = {"content": {media: {} for media in MEDIA}, "description": "the pictures, or one bare, or events"}
 REFUSALS = declare(400, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)
 
 
-@router.post("/generate", response_model=GenerateResponse, responses={200: PICTURE, **REFUSALS})
+FORM = {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}}}
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    responses={200: PICTURE, **REFUSALS},
+    openapi_extra={"requestBody": FORM},
+)
 async def generate(body: GenerateRequest, request: Request, parts: PartsDep) -> Response:
-    """Draw pictures. The answer is JSON, or the bare picture where the Accept header asks for image/* (n = 1)."""
-    bare = choose_format(", ".join(request.headers.getlist("accept")), body)
-    order = _order(body, owner_of(request))
+    """Draw pictures. The answer is JSON; the bare picture where the Accept header asks for image/* (n = 1); or, with
+    `stream`, server-sent events: `queued` (ahead: pictures; starts_in_s), again where nothing else happens for 5 s;
+    `preview` (index, seed, step, steps, width, height, b64_json) after each step but the last, the newest for who reads
+    slowly; and `result`, which is the JSON, or `error`, a problem with retry_after."""
+    accept = ", ".join(request.headers.getlist("accept"))
+    image, mask = await uploads.read(body.image, body.mask)
+    order = _order(body, owner_of(request), image, mask)
     with named(width="size", height="size") if body.size else named():
+        if body.stream:
+            check_stream(accept)
+            return await sse.respond(request, _events(body, order, request, parts), _error)
+        bare = choose_format(accept, body)
         drawn = await draw(order, bare or body.output_format, body.quality, request, parts)
     if bare:
         return _picture(drawn, bare)
-    return await _json(request, drawn)
+    return Response(await _json(request, drawn), media_type="application/json")
 
 
-def _order(body: GenerateRequest, owner: str) -> Order:
+def _order(body: GenerateRequest, owner: str, image: Bitmap | None, mask: Bitmap | None) -> Order:
     width, height = (int(side) for side in body.size.split("x")) if body.size else (body.width, body.height)
     return Order(
         owner=owner,
@@ -64,6 +96,10 @@ def _order(body: GenerateRequest, owner: str) -> Order:
         width=width,
         height=height,
         timeout=body.timeout,
+        image=image,
+        mask=mask,
+        strength=body.strength,
+        previews=body.stream,
     )
 
 
@@ -76,10 +112,52 @@ def _picture(drawn: Drawn, output_format: str) -> Response:
         "X-Prompt-Truncated": str(picture.done.truncated).lower(),
         "Server-Timing": ", ".join(f"{stage};dur={milliseconds}" for stage, milliseconds in drawn.timings_ms.items()),
     }
+    if picture.job.strength is not None:
+        headers["X-Strength"] = f"{picture.job.strength:g}"
     return Response(picture.file, media_type=images.MEDIA_TYPES[output_format], headers=headers)
 
 
-async def _json(request: Request, drawn: Drawn) -> Response:
+async def _events(body: GenerateRequest, order: Order, request: Request, parts: Parts) -> AsyncGenerator[bytes]:
+    start, jobs, done = time.monotonic(), dict[int, Job](), dict[int, Done]()
+    async with aclosing(watch(order, request, parts)) as events:
+        async for event in events:
+            match event:
+                case Accepted():
+                    jobs = {job.id: job for job in event.jobs}
+                case Waiting(ahead, seconds):
+                    yield _event("queued", {"ahead": ahead, "starts_in_s": round(seconds, 3)})
+                case Preview(id):
+                    file = preview_file(event, body.output_format, body.quality)
+                    yield _event("preview", _preview(list(jobs).index(id), jobs[id], event, file))
+                case Done(id):
+                    done[id] = event
+    drawn = await finish(
+        order, list(jobs.values()), [done[id] for id in jobs], body.output_format, body.quality, start, request, parts
+    )
+    yield format_sse_event(event="result", data_str=(await _json(request, drawn)).decode())
+
+
+def _preview(index: int, job: Job, preview: Preview, file: bytes) -> dict[str, Any]:
+    return {
+        "index": index,
+        "seed": job.seed,
+        "step": preview.step,
+        "steps": job.steps,
+        "width": preview.width,
+        "height": preview.height,
+        "b64_json": b2a_base64(file, newline=False).decode(),
+    }
+
+
+def _error(problem: Problem) -> bytes:
+    return _event("error", {**document(problem), "retry_after": problem.retry_after})
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return format_sse_event(event=name, data_str=json.dumps(data))
+
+
+async def _json(request: Request, drawn: Drawn) -> bytes:
     first = drawn.pictures[0]
     answer = GenerateResponse(
         id=request.state.request_id,
@@ -87,6 +165,7 @@ async def _json(request: Request, drawn: Drawn) -> Response:
         variant=first.job.weights.variant,
         width=first.done.width,
         height=first.done.height,
+        strength=first.job.strength,
         prompt_tokens=first.done.tokens,
         prompt_truncated=drawn.prompt_truncated,
         images=[],
@@ -95,4 +174,5 @@ async def _json(request: Request, drawn: Drawn) -> Response:
     )
     files = await as_base64([each.file for each in drawn.pictures])
     pictures = [{"b64_json": file, "seed": each.job.seed} for file, each in zip(files, drawn.pictures, strict=True)]
-    return as_json({**answer.model_dump(), "images": pictures})
+    encoded: bytes = msgspec.json.encode({**answer.model_dump(exclude_none=True), "images": pictures})
+    return encoded

@@ -34,6 +34,7 @@ async def ready(fleet: FleetDep) -> ReadyBody:
         dtype=ready.dtype,
         resident=[variant.name for variant in report.variants if variant.state == "resident"],
         compiled=report.compiled,
+        engines=fleet.serving,
     )
 
 

@@ -3,17 +3,17 @@
 What they send as a matter of course is taken; what would be another picture is refused by name.
 """
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import Field, model_validator
 
+from app.api import sse
 from app.api.compat import (
     LONGEST_PROMPT,
     MOST_PICTURES,
@@ -21,19 +21,19 @@ from app.api.compat import (
     Prompt,
     Seed,
     Tolerant,
-    refusal,
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
-from app.api.draw import as_base64, as_json, draw, make_file, watch
+from app.api.draw import as_base64, as_json, draw, make_file, preview_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
-from app.api.schemas import OutputFormat
+from app.api.schemas import OutputFormat, refusal
 from app.engine.jobs import Job
-from app.engine.messages import Done
-from app.engine.queue import Accepted
+from app.engine.messages import Done, Preview
+from app.engine.queue import Accepted, Waiting
 from app.errors import Problem
 from app.images import MEDIA_TYPES
 from app.order import Order
+from models.catalog import Variant
 
 router = APIRouter(prefix="/v1/images", route_class=CompatRoute)
 
@@ -77,6 +77,9 @@ class ImagesRequest(Tolerant):
     def order(self, owner: str, parts: Parts) -> Order:
         """What is asked for. Raises Problem where there is no such model."""
         variant = variant_of(self.model, parts)
+        steps = self.num_inference_steps
+        if steps is None and variant is None and parts.family.choose(None, STEPS[self.quality]):
+            steps = STEPS[self.quality]  # else the family's default
         width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
         return Order(
             owner=owner,
@@ -84,12 +87,13 @@ class ImagesRequest(Tolerant):
             variant=variant,
             negative_prompt=self.negative_prompt or None,
             guidance=self.guidance_scale,
-            steps=self.num_inference_steps or (None if variant else STEPS[self.quality]),
+            steps=steps,
             seed=self.seed,
             n=self.n,
             width=width,
             height=height,
             fit=parts.settings.size_policy == "nearest",
+            previews=self.stream and self.partial_images > 0,
         )
 
 
@@ -104,7 +108,7 @@ async def generate_images(body: ImagesRequest, request: Request, parts: PartsDep
     with named(**NAMES):
         order = body.order(owner_of(request), parts)
         if body.stream:
-            return await _streamed(body, order, request, parts)
+            return await sse.respond(request, _events(body, order, request, parts), _error)
         drawn = await draw(order, body.output_format, body.output_compression or 1, request, parts)
     pictures = await _pictures(body, [picture.file for picture in drawn.pictures])
     first = drawn.pictures[0]
@@ -118,34 +122,53 @@ async def generate_images(body: ImagesRequest, request: Request, parts: PartsDep
     return as_json(answer)
 
 
-async def _streamed(body: ImagesRequest, order: Order, request: Request, parts: Parts) -> Response:
-    """The pictures as events, each as soon as it is done. Raises Problem where the order is not accepted."""
-    events = watch(order, request, parts, wants_steps=False)
-    accepted = await anext(events)
-    assert isinstance(accepted, Accepted)
-    jobs = {job.id: job for job in accepted.jobs}
-
-    async def stream() -> AsyncIterator[bytes]:
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    if isinstance(event, Done):
-                        yield await _completed(body, jobs[event.id], event)
-        except Problem as problem:
-            request.state.problem = problem
-            yield _event("error", openai_error(problem))
-        except (asyncio.CancelledError, GeneratorExit):
-            request.state.client_left = True
-            raise
-
-    return EventSourceResponse(stream())
+async def _events(body: ImagesRequest, order: Order, request: Request, parts: Parts) -> AsyncGenerator[bytes]:
+    """The pictures as events, each as soon as it is done, behind its partial images."""
+    jobs: dict[int, Job] = {}
+    async with aclosing(watch(order, request, parts)) as events:
+        async for event in events:
+            match event:
+                case Accepted():
+                    jobs = {job.id: job for job in event.jobs}
+                case Waiting():
+                    yield KEEPALIVE_COMMENT
+                case Preview(id, step) if (index := _index(step, len(jobs[id].path), body.partial_images)) is not None:
+                    yield await _partial(body, jobs[id], index, event)
+                case Done(id):
+                    variant = request.state.family.variants[jobs[id].weights.variant]
+                    yield await _completed(body, order, variant, jobs[id], event)
 
 
-async def _completed(body: ImagesRequest, job: Job, done: Done) -> bytes:
-    file = await make_file(job, done, body.output_format, body.output_compression or 1)
+def _index(step: int, steps: int, wanted: int) -> int | None:
+    """Which of the wanted partial images a step makes, from 0; None for none. They are spread over the steps."""
+    before, behind = ((each * (wanted + 1)) // steps for each in (step - 1, step))
+    return before if behind > before else None
+
+
+async def _partial(body: ImagesRequest, job: Job, index: int, preview: Preview) -> bytes:
+    file = preview_file(preview, body.output_format, body.output_compression or 1)
+    (picture,) = await _pictures(body, [file])
+    about = {
+        "partial_image_index": index,
+        "created_at": int(time.time()),
+        "background": "opaque",
+        "output_format": body.output_format,
+        "quality": QUALITY.get(job.steps, "high"),
+        "size": f"{preview.width}x{preview.height}",
+        "seed": job.seed,
+    }
+    return _event("image_generation.partial_image", {"type": "image_generation.partial_image", **picture, **about})
+
+
+async def _completed(body: ImagesRequest, order: Order, variant: Variant, job: Job, done: Done) -> bytes:
+    file = await make_file(order, variant, job, done, body.output_format, body.output_compression or 1)
     (picture,) = await _pictures(body, [file])
     about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed}
     return _event("image_generation.completed", {"type": "image_generation.completed", **picture, **about})
+
+
+def _error(problem: Problem) -> bytes:
+    return _event("error", openai_error(problem))
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

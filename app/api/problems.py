@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from app import errors
 from app.api.schemas import OpenAIError, ProblemBody
 from app.errors import MEDIA_TYPE, Problem, document
+from app.http.limits import Refused
 
 PROBLEM = (MEDIA_TYPE, ProblemBody.model_json_schema())
 OPENAI_ERROR = ("application/json", OpenAIError.model_json_schema())
@@ -104,6 +105,8 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error, Refused):
+        return respond(request, error.problem)
     response = respond(request, Problem(errors.of_status(error.status_code), str(error.detail)))
     response.headers.update(error.headers or {})
     return response

@@ -1,13 +1,28 @@
 """The wire format of our own API: what may be asked, and what is answered. null means the same as absent."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictBytes,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from app.order import PROMPT_LIMIT, SEED_LIMIT, is_blank
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+File = Annotated[  # bytes: a form's
+    StrictStr | StrictBytes, WithJsonSchema({"type": "string", "contentEncoding": "base64"})
+]
 
 
 class GenerateRequest(BaseModel):
@@ -36,8 +51,8 @@ class GenerateRequest(BaseModel):
     )
     n: StrictInt = Field(1, ge=1, le=8, description="number of pictures; picture k has seed + k")
     seed: StrictInt | None = Field(None, ge=0, lt=SEED_LIMIT, description="random if absent")
-    width: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the model's own size if absent")
-    height: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the model's own size if absent")
+    width: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the image's or the model's if absent")
+    height: StrictInt | None = Field(None, ge=8, le=4096, description="pixels; the image's or the model's if absent")
     size: StrictStr | None = Field(
         None, pattern=r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$", description="WIDTHxHEIGHT, instead of both"
     )
@@ -47,8 +62,20 @@ class GenerateRequest(BaseModel):
     negative_prompt: StrictStr | None = Field(
         None, max_length=PROMPT_LIMIT, description="what to move away from, where guidance_scale is above 1"
     )
+    image: File | None = Field(None, description="a PNG, JPEG or WebP of the drawn size to draw over, in base64")
+    mask: File | None = Field(None, description="the same for a mask of the image: white is drawn anew, black stays")
+    strength: StrictFloat | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="how much of the image is drawn over; rounded down to where the variant can begin. 0.75 if absent, "
+        "with a mask 1",
+    )
     output_format: OutputFormat = Field("png", description="png is lossless")
     quality: StrictInt = Field(90, ge=1, le=100, description="of jpeg and webp")
+    stream: StrictBool = Field(
+        False, description="server-sent events: the place in the queue, previews, and the same JSON as `result`"
+    )
     timeout: StrictFloat | None = Field(
         None, gt=0, description="seconds after which the answer is of no use; 30 if absent"
     )
@@ -60,24 +87,23 @@ class GenerateRequest(BaseModel):
             return data
         known = {name: value for name, value in data.items() if value is not None or name not in NAMES}
         for name in known.keys() - NAMES:
-            raise _refusal(
-                name.encode(errors="replace").decode(), "there is no such field"
-            )  # with lone surrogates, too
+            raise refusal(name.encode(errors="replace").decode(), "there is no such field")  # with lone surrogates, too
         return known
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if is_blank(self.prompt):
-            raise _refusal("prompt", "must have a character that can be seen")
+            raise refusal("prompt", "must have a character that can be seen")
         if self.size and (self.width or self.height):
-            raise _refusal("size", "cannot be given together with width or height")
+            raise refusal("size", "cannot be given together with width or height")
         return self
 
 
 NAMES = {*GenerateRequest.model_fields, "num_inference_steps", "model"}
 
 
-def _refusal(field: str, text: str) -> PydanticCustomError:
+def refusal(field: str, text: str) -> PydanticCustomError:
+    """What a model's validator raises: the sentence, and the field that it is about."""
     return PydanticCustomError("refused", "{text}", {"field": field, "text": text})
 
 
@@ -89,14 +115,15 @@ class Image(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """The pictures, and how they came about. timings_ms: by stage, the slowest picture's. batch_sizes: rows in each
-    denoising step of the first picture."""
+    """The pictures, and how they came about. strength: the one used, where an image was drawn over. timings_ms: by
+    stage, the slowest picture's. batch_sizes: rows in each denoising step of the first picture."""
 
     id: str
     created: int
     variant: str
     width: int
     height: int
+    strength: float | None = None
     prompt_tokens: int
     prompt_truncated: bool
     images: list[Image]
@@ -105,14 +132,18 @@ class GenerateResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A variant in OpenAI's list format, with ours beside it. steps: None where they may be chosen. reason: why it
-    failed, where it did."""
+    """A variant in OpenAI's list format, with ours beside it. steps: what may be asked for, first what is drawn where
+    nothing is; None, as sampler, for the model as a whole. guidance: default, minimum and maximum; None for none.
+    sizes: of both sides, pixels: default, minimum, maximum and multiple. reason: why it failed, where it did."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    steps: int | None
+    steps: list[int] | None
+    sampler: str | None
+    guidance: dict[str, float] | None
+    sizes: dict[str, int]
     state: str
     resident_bytes: int
     reason: str | None = None
@@ -132,7 +163,8 @@ class Live(BaseModel):
 
 
 class ReadyBody(BaseModel):
-    """The answer of /ready. resident: variants whose weights are in memory. compiled: all code is at its fastest."""
+    """The answer of /ready. resident: variants whose weights are in memory. compiled: all code is at its fastest.
+    engines: how many serve."""
 
     status: Literal["ready"]
     family: str
@@ -140,6 +172,7 @@ class ReadyBody(BaseModel):
     dtype: str
     resident: list[str]
     compiled: bool
+    engines: int
 
 
 class ProblemBody(BaseModel):

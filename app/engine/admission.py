@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from app.engine.costs import Costs
 from app.engine.jobs import Row
+from app.engine.placement import EngineLoad
 
 KEPT = 0.9  # of its time is what an admitted request may wait: batches are never quite what the table says
 FRESH = 0.3  # of its time, and of the queue, while promises are open: the rest is for those who come back
@@ -31,12 +31,14 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Typical:
-    """What the last request that was read and refused needed, in seconds. work: of the device. at_once: of work, that
-    may come in by one window. late: how much later than it may wait a request without any work would have begun.
-    left: until its deadline. at: when it came."""
+    """What the last request that was read and refused needed, in seconds. work: of the devices. at_once: of work, that
+    may come in by one window. overrun: by which it was too late. late: how much later than it may wait a request
+    without any work would have begun, on the engine where that is soonest. left: until its deadline. at: when it came.
+    """
 
     work: float
     at_once: float
+    overrun: float
     late: float
     left: float
     at: float
@@ -73,46 +75,56 @@ class Caller:
 
 class Admission:
     """Admission by price. Who is refused gets a time to come back at, later for each by the work they will bring, and
-    is judged by what was kept for them when the same fingerprint comes again. Equal requests share windows."""
+    is judged by what was kept for them when the same fingerprint comes again. Equal requests share windows.
+    limit: pictures that are accepted and not finished, per engine."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit  # pictures accepted and not finished
+        self.limit = limit
         self._callers: dict[str, Caller] = {}
         self._windows: deque[tuple[str, Window]] = deque()  # all of them, by their start
         self._promised_until = 0.0
         self._typical: Typical | None = None
         self._come_back = 1.0  # share of promises that are used: a flood that never returns books little
 
-    def ask(self, new: Sequence[Row], pending: Sequence[Row], costs: Costs, now: float, who: str) -> Refusal | None:
-        """None if the rows of one request may enter. who: the request's fingerprint, the same when it comes back."""
+    def ask(self, new: Sequence[Sequence[Row]], engines: Sequence[EngineLoad], now: float, who: str) -> Refusal | None:
+        """None if the rows of one request may enter. new: those for each of the engines, as they were placed. who: the
+        request's fingerprint, the same when it comes back."""
         self._close_windows(now)
+        parts = [(rows, engine.rows, engine.costs) for rows, engine in zip(new, engines, strict=True) if rows]
         share = KEPT if self._is_kept(who, now) or not self._windows else FRESH
-        full = len(pending) + len(new) > (self.limit if share == KEPT else max(len(new), FRESH * self.limit))
-        if not full and costs.overrun(new, pending, now, share) <= 0:
+        count, limit = sum(map(len, new)), self.limit * len(engines)
+        queued = sum(len(engine.rows) for engine in engines)
+        full = queued + count > (limit if share == KEPT else max(count, FRESH * limit))
+        if not full and max(costs.overrun(rows, queue, now, share) for rows, queue, costs in parts) <= 0:
             return None
-        work, left = costs.work([*pending, *new]) - costs.work(pending), new[0].deadline - now
-        at_once = min((KEPT - FRESH) * left, (1 - FRESH) * self.limit * work / len(new)) + WINDOW
-        self._typical = Typical(work, at_once, costs.overrun(new, pending, now, FRESH) - work, left, now)
-        return self._refuse(full, who, self._typical, now)
+        left = parts[0][0][0].deadline - now
+        added = sum(costs.work([*queue, *rows]) - costs.work(queue) for rows, queue, costs in parts)
+        work = added / len(engines)  # they work side by side
+        at_once = min((KEPT - FRESH) * left, (1 - FRESH) * limit * work / count) + WINDOW
+        overrun = max(costs.overrun(rows, queue, now, FRESH) for rows, queue, costs in parts)
+        late = min(_late(parts[0][0][0], engine, now) for engine in engines)
+        self._typical = Typical(work, at_once, overrun, late, left, now)
+        return self._refuse(full, limit, who, self._typical, now)
 
-    def glance(self, queued: int, left: float, now: float, who: str) -> Refusal | None:
+    def glance(self, queued: int, engines: int, left: float, now: float, who: str) -> Refusal | None:
         """A refusal of a request that nobody has read yet, but for the seconds that it has: there is no place but for
         those who were promised one. None where it has to be read: ask() says more. queued: pictures."""
         self._close_windows(now)
         if (typical := self._typical) is None or now - typical.at > TYPICAL_S:
             return None
-        full = queued + 1 > (max(1, FRESH * self.limit) if self._windows else self.limit)
+        limit = self.limit * engines
+        full = queued + 1 > (max(1, FRESH * limit) if self._windows else limit)
         if not full and not typical.is_too_late(left):
             return None
         if (caller := self._callers.get(who)) is not None:
             if any(window.is_open(now) for window in caller.windows):
                 return None
             caller.asks += 1
-        return self._refuse(full, who, typical, now)
+        return self._refuse(full, limit, who, typical, now)
 
-    def _refuse(self, full: bool, who: str, asked: Typical, now: float) -> Refusal:
-        reason = f"the queue of {self.limit} pictures is full" if full else "the queue is too long to meet the deadline"
-        start = self._promise(who, asked.work, asked.at_once, now, now + max(1.0, asked.late + asked.work))
+    def _refuse(self, full: bool, limit: int, who: str, asked: Typical, now: float) -> Refusal:
+        reason = f"the queue of {limit} pictures is full" if full else "the queue is too long to meet the deadline"
+        start = self._promise(who, asked.work, asked.at_once, now, now + max(1.0, asked.overrun))
         return Refusal(reason, math.ceil(start - now))
 
     def _is_kept(self, who: str, now: float) -> bool:
@@ -154,3 +166,9 @@ class Admission:
             if not window.newcomers:
                 self._come_back += LEARN * (window.used / window.room - self._come_back)
         self._come_back = max(0.1, self._come_back)
+
+
+def _late(row: Row, engine: EngineLoad, now: float) -> float:
+    """Seconds by which a new row would begin too late on an engine."""
+    own = engine.costs.work([*engine.rows, row]) - engine.costs.work(engine.rows)
+    return engine.costs.overrun([row], engine.rows, now, FRESH) - own

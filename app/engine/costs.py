@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from app.engine.jobs import Row
+from app.engine.jobs import Row, age
 from models.catalog import Weights
 
 GOOD_ENOUGH = 0.95  # of the best images/s: a larger batch would only add latency
@@ -16,7 +16,8 @@ class Costs(msgspec.Struct, frozen=True):
     """Seconds of a UNet step and of a VAE decode by batch size, measured at warm-up at one picture size.
 
     step, decode: seconds by batch size, from 1 up. pixels: of the measured pictures; other sizes are priced in
-    proportion. encode: seconds to encode one prompt. workers: calls that the device makes at a time.
+    proportion. encode: seconds to encode one prompt; picture: one picture of these pixels, to draw over. workers: calls
+    that the device makes at a time.
     """
 
     step: dict[int, float]
@@ -24,6 +25,7 @@ class Costs(msgspec.Struct, frozen=True):
     encode: float
     pixels: int
     workers: int = 1
+    picture: float = 0.0
 
     def step_seconds(self, batch: int, pixels: int) -> float:
         """What one UNet call on `batch` rows takes."""
@@ -32,6 +34,10 @@ class Costs(msgspec.Struct, frozen=True):
     def decode_seconds(self, batch: int, pixels: int) -> float:
         """What decoding `batch` pictures together takes."""
         return _interpolate(self.decode, batch) * pixels / self.pixels
+
+    def picture_seconds(self, row: Row) -> float:
+        """What encoding the picture that a row draws over takes, where that is still to be done."""
+        return self.picture * row.pixels / self.pixels if row.source is not None and not row.is_encoded else 0.0
 
     @property
     def best_batch(self) -> int:
@@ -45,11 +51,13 @@ class Costs(msgspec.Struct, frozen=True):
 
     def alone(self, row: Row) -> float:
         """The least time from now to the row's picture, if it had the device for itself."""
-        return row.steps_left * self.step_seconds(row.count, row.pixels) + self.decode_seconds(1, row.pixels)
+        steps = row.steps_left * self.step_seconds(row.count, row.pixels)
+        return self.picture_seconds(row) + steps + self.decode_seconds(1, row.pixels)
 
     def patience(self, stage: str, pictures: int, pixels: int) -> float:
         """Seconds after which a call of a stage has hung."""
-        seconds = {"encode": pictures * self.encode, "decode": self.decode_seconds(pictures, pixels)}
+        encode = pictures * self.encode + self.picture * pixels / self.pixels
+        seconds = {"encode": encode, "decode": self.decode_seconds(pictures, pixels)}
         expected = seconds.get(stage, self.step_seconds(2 * pictures, pixels))
         return max(HUNG_S, HUNG_TIMES * expected)
 
@@ -69,8 +77,17 @@ class Costs(msgspec.Struct, frozen=True):
             decodes = min(len(group), self.best_decode_batch)
             step = self.step_seconds(batch, pixels) / batch
             decode = self.decode_seconds(decodes, pixels) / decodes + self.encode
-            shares.update({row.id: (row.count * row.steps_left * step + decode) / self.workers for row in group})
+            for row in group:
+                once = self.picture_seconds(row) if row.source == row.id else 0.0  # for all that draw over it
+                shares[row.id] = (once + row.count * row.steps_left * step + decode) / self.workers
         return shares
+
+    def wait(self, row: Row, before: Sequence[Row]) -> float:
+        """Seconds until a row's first step, about. before: those that go before it, the first one first. It waits for
+        all of other groups, and for as many of its own as leave it no place in a batch."""
+        own = [each for each in before if each.group == row.group]
+        blocking = own[: max(0, sum(each.count for each in own) + row.count - self.best_batch)]
+        return self.work([*(each for each in before if each.group != row.group), *blocking])
 
     def overrun(self, new: Sequence[Row], pending: Sequence[Row], now: float, share: float) -> float:
         """Seconds by which the worst-off row, new or pending, would miss its deadline, oldest deadline first; a new one
@@ -79,7 +96,7 @@ class Costs(msgspec.Struct, frozen=True):
         fresh = {row.id for row in new}
         finish, worst = now, -math.inf
         oldest_new = min(row.deadline for row in new)
-        for row in sorted([*pending, *new], key=lambda row: (row.deadline, row.id)):
+        for row in sorted([*pending, *new], key=age):
             finish += shares[row.id]
             if row.id in fresh:
                 worst = max(worst, finish - (now + share * (row.deadline - now)))
@@ -94,12 +111,17 @@ class Costs(msgspec.Struct, frozen=True):
             step={batch: seconds * by for batch, seconds in self.step.items()},
             decode={batch: seconds * by for batch, seconds in self.decode.items()},
             encode=self.encode * by,
+            picture=self.picture * by,
         )
 
     def joined(self, other: "Costs") -> "Costs":
         """The same table with what another has measured since."""
         return msgspec.structs.replace(
-            self, step={**self.step, **other.step}, decode={**self.decode, **other.decode}, encode=other.encode
+            self,
+            step={**self.step, **other.step},
+            decode={**self.decode, **other.decode},
+            encode=other.encode,
+            picture=other.picture,
         )
 
     def capped(self, step: int, decode: int) -> "Costs":

@@ -12,14 +12,13 @@ from app.engine.costs import Costs
 from app.engine.messages import EngineConfig
 from app.engine.warmup import measure
 from app.logs import say
-from models.catalog import CATALOG, Family, Weights
+from models.catalog import Family, Weights, families
 from models.device import Device, NoDevice
 from models.gpu.device import Gpu
 from models.pipeline import Pipeline
 from models.registry import OverBudget, Registry
 from models.weights import BadWeights, MissingWeights, WeightStore
 
-DEFAULT_VARIANT = "4step-unet"
 WORKERS = 2  # calls at a time. CPU: of half the threads each. GPU: one steps, one decodes
 
 
@@ -150,18 +149,19 @@ def _cpu(workers: int, threads: int) -> Device:
 
 
 def choose_preload(store: WeightStore) -> list[str]:
-    """What is loaded before the first request: all that is here of the small model; of SDXL one variant, the default if
+    """What is loaded before the first request: all that is here of a small model; of SDXL one variant, the default if
     it is here, or if none is and it must be fetched."""
-    here = store.variants_here()
-    if store.family.name == "embedded" and here:
+    here, default = store.variants_here(), store.family.default
+    if store.family.is_small and here:
         return here
-    return [DEFAULT_VARIANT] if DEFAULT_VARIANT in here or not here else here[:1]
+    return [default] if default in here or not here else here[:1]
 
 
 def _find_store(config: EngineConfig, device: Device) -> WeightStore:
-    """SDXL's where it is asked for, or where the device is fast and its weights are here; else the embedded model's."""
-    directory = Path(config.directory) if config.directory else None
+    """The files of the family asked for; else SDXL's where the device is fast and they are here, or the embedded
+    model's."""
+    directory, known = Path(config.directory) if config.directory else None, families(config.catalogs)
     if config.model is not None:
-        return WeightStore(CATALOG[config.model], directory)
-    sdxl = WeightStore(CATALOG["sdxl"], directory)
-    return sdxl if device.is_fast and sdxl.is_complete() else WeightStore(CATALOG["embedded"], directory)
+        return WeightStore(known[config.model], directory)
+    sdxl = WeightStore(known["sdxl"], directory)
+    return sdxl if device.is_fast and sdxl.is_complete() else WeightStore(known["embedded"], directory)

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from app.engine.messages import Held, VariantReport
 from app.errors import UNAVAILABLE
 from app.logs import say
 from models.catalog import Weights
@@ -34,6 +35,14 @@ class Loading:
                 target=self._load, args=(weights,), daemon=True, name=f"load {weights.variant}"
             )
             self._threads[weights].start()
+
+    def variants(self) -> list[VariantReport]:
+        """Each variant and where its weights are."""
+        return [VariantReport(row.name, row.state, row.resident_bytes, row.reason) for row in self.registry.status()]
+
+    def held(self) -> list[Held]:
+        """The weight sets that are there."""
+        return [Held(weights, seconds) for weights, seconds in self.registry.held().items()]
 
     def join(self) -> None:
         """Wait for the loads that have begun."""

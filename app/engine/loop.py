@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from app.engine import work
-from app.engine.calls import Call, Running, make
+from app.engine.calls import Call, Running, ids_in, make
 from app.engine.costs import Costs
 from app.engine.loading import Loading
 from app.engine.messages import (
@@ -30,7 +30,6 @@ from app.engine.messages import (
     Report,
     Submit,
     ToEngine,
-    VariantReport,
     Worked,
 )
 from app.engine.scheduler import Workers, may_change, plan
@@ -59,6 +58,7 @@ class Loop:
         self, pipeline: Pipeline, registry: Registry, costs: Costs, send: Callable[[FromEngine], None], workers: int = 2
     ) -> None:
         self.pipeline, self.registry, self.costs, self.send, self.workers = pipeline, registry, costs, send, workers
+        self.note: Callable[[Sequence[int]], None] = lambda ids: None  # of all pictures that are in calls
         self.board: dict[int, Running] = {}
         self.compiled = False
         self._inbox: deque[Message] = deque()
@@ -133,15 +133,13 @@ class Loop:
 
     def report(self) -> Report:
         """The answer to a Ping."""
-        variants = self.registry.store.family.variants
         return Report(
-            [
-                VariantReport(row.name, variants[row.name].steps, row.state, row.resident_bytes, row.reason)
-                for row in self.registry.status()
-            ],
+            self._loading.variants(),
             self.pipeline.device.memory_used(),
             self.registry.switches,
             self.compiled,
+            self._loading.held(),
+            self.registry.load_seconds,
             STDERR.take_dropped(),
         )
 
@@ -152,9 +150,9 @@ class Loop:
 
     def _take(self, message: Message) -> None:
         match message:
-            case Submit(jobs):
+            case Submit(jobs, source):
                 now = time.monotonic()
-                self.board.update({job.id: Running(job, now) for job in jobs})
+                self.board.update({job.id: Running(job, now, source) for job in jobs})
             case Cancel(ids):
                 for id in ids:
                     self.board.pop(id, None)
@@ -223,19 +221,20 @@ class Loop:
         for row in call.rows:
             row.busy = True
         self._flying.append(call)
+        self.note(ids_in(self._flying))
         return call
 
     def _start_step(self, rows: list[Running]) -> Call | None:
-        job = rows[0].job
         try:
-            unet = self.registry.use(job.weights)
+            unet = self.registry.use(rows[0].job.weights)
         except KeyError:
             return None  # evicted since the plan was made: the rows stay, and it is loaded again
-        step = partial(work.denoise, self.pipeline, unet, self.registry.schedule(job.weights.variant, job.steps))
+        step = partial(work.denoise, self.pipeline, self.registry, unet, self.send)
         return self._start(Call("denoise", rows, step, self._stepped))
 
     def _settle(self, call: Call, result: Any, seconds: float) -> None:
         self._flying.remove(call)
+        self.note(ids_in(self._flying))
         for row in call.rows:
             row.busy = False
         if not call.rows:
@@ -248,8 +247,8 @@ class Loop:
         elif isinstance(result, Exception):
             self._isolate(call, result)
         else:
-            ids, job = [row.job.id for row in call.rows], call.rows[0].job
-            worked = Worked(call.stage, job.weights.variant, ids, call.count, seconds, job.height * job.width)
+            job = call.rows[0].job
+            worked = Worked(call.stage, job.weights, ids_in([call]), call.count, seconds, job.height * job.width)
             call.settle(call.rows, result, call.start, seconds)
             self.send(worked)
 
@@ -260,15 +259,15 @@ class Loop:
     def _encoded(self, rows: list[Running], found: list[Conditioning], start: float, seconds: float) -> None:
         for running, conditioning in zip(rows, found, strict=True):
             running.conditioning = conditioning
-            running.spent("encode", seconds)
+            running.spent("encode", start, seconds, len(rows))
 
     def _stepped(self, rows: list[Running], stepped: Tensor, start: float, seconds: float) -> None:
         count = sum(running.row.count for running in rows)
         for running, latents in zip(rows, stepped, strict=True):
             if running.step == 0:
-                running.spent("queue", start - running.arrived - running.seconds.get("encode", 0.0))
+                running.spent("queue", running.arrived, start - running.arrived - running.seconds.get("encode", 0.0))
             running.latents, running.step = latents, running.step + 1
-            running.spent("denoise", seconds)
+            running.spent("denoise", start, seconds, count)
             running.batches.append(count)
 
     def _decoded(
@@ -276,7 +275,7 @@ class Loop:
     ) -> None:
         for running, pixels, is_valid in zip(rows, *drawn, strict=True):
             job = running.job
-            running.spent("decode", seconds)
+            running.spent("decode", start, seconds, len(rows))
             if not self._is_here(running):
                 continue
             if not is_valid:

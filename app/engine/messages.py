@@ -5,14 +5,18 @@ from typing import Annotated
 import msgspec
 
 from app.engine.costs import Costs
-from app.engine.jobs import Id, Job
+from app.engine.jobs import Id, Job, Source
+from models.catalog import Weights
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
     """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings.
-    start_timeout: seconds until it must be ready."""
+    catalogs: texts by path, as they were when the server was started, however often the engine is.
+    start_timeout: seconds until it must be ready.
+    name: among several engines. gpu: the one that it sees, as CUDA_VISIBLE_DEVICES names it; None: as many as we do."""
 
     model: str | None
+    catalogs: dict[str, str]
     directory: str | None
     device: str | None
     dtype: str | None
@@ -26,12 +30,15 @@ class EngineConfig(msgspec.Struct, frozen=True):
     cache: str
     log_level: str = "info"
     start_timeout: float = 600.0
+    name: str | None = None
+    gpu: str | None = None
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Draw these pictures."""
+    """Draw these pictures. source: what they draw over, if anything; once, for a frame is limited."""
 
     jobs: list[Job]
+    source: Source | None = None
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -48,20 +55,28 @@ class VariantReport(msgspec.Struct, frozen=True):
     """A variant as the registry sees it; state as in models.registry.VariantStatus."""
 
     name: str
-    steps: int
     state: str
     resident_bytes: int = 0
     reason: str | None = None
 
 
+class Held(msgspec.Struct, frozen=True):
+    """A weight set in the engine's memory. seconds: until it would be the one in use, as measured."""
+
+    weights: Weights
+    seconds: float
+
+
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """The answer to a Ping. device_bytes: GPU memory in use; None on a CPU.
-    log_lines_dropped: since the last report."""
+    """The answer to a Ping. device_bytes: GPU memory in use; None on a CPU. held: what needs no load. load: seconds
+    that the last one took. log_lines_dropped: since the last report."""
 
     variants: list[VariantReport]
     device_bytes: int | None
     switches: int
     compiled: bool
+    held: list[Held] = []
+    load: float = 0.0
     log_lines_dropped: int = 0
 
 
@@ -89,11 +104,30 @@ class Worked(msgspec.Struct, tag=True, frozen=True):
     """One call on the device. stage: "encode", "denoise" or "decode". ids: the pictures in it. rows: of the call."""
 
     stage: str
-    variant: str
+    weights: Weights
     ids: list[Id]
     rows: int
     seconds: float
     pixels: int
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """A stage of one picture, where it is traced. start: on the monotonic clock. rows: of the call that it was in."""
+
+    stage: str
+    start: float
+    seconds: float
+    rows: int
+
+
+class Preview(msgspec.Struct, tag=True, frozen=True):
+    """What a step takes for the finished picture: height x width x 3 bytes, an eighth of the picture's sides."""
+
+    id: Id
+    step: int
+    height: int
+    width: int
+    pixels: bytes
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -109,6 +143,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     batches: list[int]
     tokens: int
     truncated: bool
+    marks: list[Mark] = []
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -126,4 +161,4 @@ class Fatal(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Submit | Cancel | Ping
-FromEngine = Starting | Ready | Measured | Report | Worked | Done | Failed | Fatal
+FromEngine = Starting | Ready | Measured | Report | Worked | Preview | Done | Failed | Fatal

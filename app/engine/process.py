@@ -8,12 +8,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from app.engine import wire
 from app.engine.costs import Costs
+from app.engine.flight import Flight
+from app.engine.jobs import Row
 from app.engine.messages import (
     EngineConfig,
     Fatal,
@@ -26,7 +28,9 @@ from app.engine.messages import (
     ToEngine,
     Worked,
 )
+from app.engine.placement import EngineLoad
 from app.logs import STDERR
+from models.catalog import Weights
 
 log = logging.getLogger("app.engine")
 
@@ -73,18 +77,29 @@ class Spare:
                     self._held.append(os.open(os.devnull, os.O_RDONLY))
 
 
-class EngineProcess:
-    """ready, report, costs: what the engine said last; ready is None while it does not serve. fatal: why it is not
-    started any more. hear: takes its other messages. died: is called at each death."""
+def visible(config: EngineConfig) -> dict[str, str]:
+    """Environment of an engine that sees one GPU, by the number that nvidia-smi shows or by its UUID."""
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": config.gpu} if config.gpu is not None else {}
 
-    def __init__(self, config: EngineConfig, hear: Callable[[FromEngine], None], died: Callable[[], None]) -> None:
+
+class EngineProcess:
+    """name: among several. ready, report, costs: what the engine said last; ready is None while it does not serve.
+    fatal: why it is not started any more. hear: takes its messages. died: is called at each death, with the ids of the
+    pictures that it was working on."""
+
+    def __init__(
+        self, config: EngineConfig, hear: Callable[[FromEngine], None], died: Callable[[set[int]], None]
+    ) -> None:
         self.config, self._hear, self._died = config, hear, died
+        self.name = config.name or "0"
         self.ready: Ready | None = None
         self.report: Report | None = None
         self.costs: Costs | None = None
         self.fatal: str | None = None
         self._spare = Spare()
         self._drift = 1.0
+        self._in_use: Weights | None = None
+        self._flight = Flight()
         self._last_answer = 0.0
         self._unanswered = 0
         self._pings = 0
@@ -114,10 +129,15 @@ class EngineProcess:
         """Whether the engine serves, and answered a moment ago."""
         return self.ready is not None and time.monotonic() - self._last_answer < FRESH_S + PING_S
 
-    @property
-    def prices(self) -> Costs | None:
-        """What the engine measured at its start, as it drifted since: the machine may be busier now."""
-        return self.costs.scaled(self._drift) if self.costs is not None else None
+    def load(self, rows: Sequence[Row]) -> EngineLoad:
+        """These rows at what they take here: as the engine measured at its start, and as that drifted since, for the
+        machine may be busier now. For one that has been ready."""
+        assert self.costs is not None
+        assert self.report is not None
+        switch = {each.weights: each.seconds for each in self.report.held}
+        if self._in_use in switch:
+            switch[self._in_use] = 0.0
+        return EngineLoad(rows, self.costs.scaled(self._drift), switch, self.report.load)
 
     async def _supervise(self) -> None:
         in_row, deaths = 0, list[float]()
@@ -138,11 +158,19 @@ class EngineProcess:
             if self._process is not None:  # else nothing could be started, for now: the machine's fault
                 deaths = [*(death for death in deaths if now - death < DEATHS_S), now]
             if len(deaths) >= (MOST_DEATHS if self._has_served else STILLBORN):
-                self.fatal = f"the engine died {len(deaths)} times within {now - deaths[0]:.0f} s, {self._end}"
+                self._give_up(f"the engine died {len(deaths)} times within {now - deaths[0]:.0f} s, {self._end}")
                 return
             pause = BACK_OFF_S[min(in_row - 1, len(BACK_OFF_S) - 1)]
-            log.error("the engine died, %s; starting it again in %.0f s", self._end, pause)
+            log.error("the engine died, %s; starting it again in %.0f s", self._end, pause, extra=self._whose)
             await asyncio.sleep(pause)
+
+    def _give_up(self, reason: str) -> None:
+        self.fatal = reason
+        self._hear(Fatal(reason))
+
+    @property
+    def _whose(self) -> dict[str, dict[str, str]]:
+        return {"fields": {} if self.config.name is None else {"device": self.config.name}}
 
     @property
     def _end(self) -> str:
@@ -154,14 +182,15 @@ class EngineProcess:
     async def _live(self) -> None:
         """One life of the engine, from its start to the end of its pipe."""
         self._process, self._unanswered, self._pings = None, 0, 0
+        self._flight.write([])
         with self._spare.lent():
             ours, theirs = socket.socketpair()
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno())),
+                    *(sys.executable, "-m", "app.engine.worker", str(theirs.fileno()), str(self._flight.descriptor)),
                     msgspec.json.encode(self.config).decode(),
-                    pass_fds=[theirs.fileno()],
-                    env={**QUIET, **allocator(), **os.environ, **SAFE},
+                    pass_fds=[theirs.fileno(), self._flight.descriptor],
+                    env={**QUIET, **allocator(), **os.environ, **visible(self.config), **SAFE},
                     start_new_session=True,  # a Ctrl-C in the terminal is for us to act on
                 )
             reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -181,12 +210,10 @@ class EngineProcess:
             if self._process is None:
                 continue
             if self._unanswered * PING_S > HUNG_S:
-                log.error("the engine has not answered for %.0f s; killing it", HUNG_S)
+                log.error("the engine has not answered for %.0f s; killing it", HUNG_S, extra=self._whose)
                 self._process.kill()
-            elif self.ready is None and self._pings * PING_S > self.config.start_timeout:
-                log.error(
-                    "the engine is not ready after %.0f s, START_TIMEOUT_S; killing it", self.config.start_timeout
-                )
+            elif self.ready is None and self._pings * PING_S > (limit := self.config.start_timeout):
+                log.error("the engine is not ready after %.0f s, START_TIMEOUT_S; killing it", limit, extra=self._whose)
                 self._process.kill()
 
     async def _bury(self) -> None:
@@ -195,10 +222,11 @@ class EngineProcess:
         if self.report is not None:  # what it held has gone with it
             gone = [msgspec.structs.replace(row, state="on disk", resident_bytes=0) for row in self.report.variants]
             self.report = Report(gone, None, 0, False)
+            self._in_use = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._died()
+        self._died(self._flight.read())
         if self._process is not None:
             try:
                 async with asyncio.timeout(2):
@@ -215,7 +243,9 @@ class EngineProcess:
                 self.ready, self.costs, self.report = message, message.costs, message.report
                 self._has_served = True
                 self._drift, self._last_answer, self._unanswered = 1.0, time.monotonic(), 0
-                log.info("ready: %s on %s in %s", message.family, message.device, message.dtype)
+                what = (message.family, message.device, message.dtype)
+                log.info("ready: %s on %s in %s", *what, extra=self._whose)
+                self._hear(message)
             case Measured(costs):
                 self.costs, self._drift = costs, 1.0
             case Report():
@@ -223,11 +253,12 @@ class EngineProcess:
                 STDERR.count_dropped(message.log_lines_dropped)
             case Fatal(reason):
                 if self._has_served:
-                    log.error("the engine cannot start: %s", reason)
+                    log.error("the engine cannot start: %s", reason, extra=self._whose)
                 else:
-                    self.fatal = f"the engine cannot start: {reason}"
+                    self._give_up(f"the engine cannot start: {reason}")
             case _:
                 if isinstance(message, Worked) and message.stage == "denoise" and self.costs is not None:
                     times = message.seconds / self.costs.step_seconds(message.rows, message.pixels)
                     self._drift = min(10.0, max(0.5, (1 - LEARN) * self._drift + LEARN * times))
+                    self._in_use = message.weights
                 self._hear(message)

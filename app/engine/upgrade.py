@@ -4,9 +4,13 @@ A GPU records graphs of larger batches, and compiles; a CPU compiles larger batc
 overlap is made by loop.when_idle; the new costs go to both sides by loop.replace_costs.
 """
 
+import fcntl
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 from app.engine.load import Model
 from app.engine.loop import Loop
@@ -24,7 +28,7 @@ def later(loop: Loop, model: Model, config: EngineConfig) -> None:
     if graphs(model.pipeline):
         add_batches(loop, model)
         if config.compile:
-            loop.when_idle(lambda: compile_graphs(loop, model))
+            loop.when_idle(lambda: compile_graphs(loop, model, config.cache))
     model.device.later(model.registry, lambda: loop.post(lambda: _when_all_is_there(loop, model)))
 
 
@@ -44,18 +48,29 @@ def add_batches(loop: Loop, model: Model) -> None:
     loop.when_idle(lambda: say("graphs recorded"))
 
 
-def compile_graphs(loop: Loop, model: Model) -> None:
+@contextmanager
+def one_at_a_time(cache: str) -> Iterator[None]:
+    """Engines compile one after the other: all but the first find in the cache what it made."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that cannot be written: each for itself
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((Path(cache) / "compiling").open("w")), fcntl.LOCK_EX)
+        yield
+
+
+def compile_graphs(loop: Loop, model: Model, cache: str) -> None:
     """Compile what is recorded, the decoder first: it has most to gain. Each graph is replaced as soon as a better
-    one is recorded; at the end the costs are measured anew, between two calls."""
+    one is recorded; at the end the costs are measured anew, between two calls. cache: where compiled code is kept."""
     record_from(model.pipeline, NEVER)  # a recording forbids the waits of the compiler's measurements
 
     def work() -> None:
         usual = sys.getswitchinterval()
         # Each call of torch lets go of the interpreter's lock, and would wait so long to have it back from a compiler
         # in Python: 5 ms, some 20 times a step.
-        sys.setswitchinterval(SWITCH_S)
-        done = [_is_improved(graphed) for graphed in graphs(model.pipeline) if graphed is not model.pipeline.text]
-        sys.setswitchinterval(usual)
+        with one_at_a_time(cache):
+            sys.setswitchinterval(SWITCH_S)
+            done = [_is_improved(graphed) for graphed in graphs(model.pipeline) if graphed is not model.pipeline.text]
+            sys.setswitchinterval(usual)
         record_from(model.pipeline, SEEN_OFTEN)
         if all(done):
             loop.post(lambda: loop.when_idle(lambda: _in_place(loop, model)))

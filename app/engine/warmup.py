@@ -26,7 +26,10 @@ def measure(pipeline: Pipeline, registry: Registry, batches: Sequence[int], work
     if device.first_call_is_typical:
         step, decode = _step_and_decode(pipeline, registry, size.minimum, 1, repeats=0)
         if step + decode > COSTLY_S:
-            return Costs({1: step}, {1: decode}, encode, size.minimum**2, at_a_time)
+            picture = _picture(pipeline, size.minimum, repeats=0)
+            return Costs({1: step}, {1: decode}, encode, size.minimum**2, at_a_time, picture)
+    picture = _picture(pipeline, size.default, REPEATS)
+    device.release_memory()  # for graphs, which take their own
     steps, decodes = {}, {}
     for batch in sorted(batches, reverse=True):  # the largest first: the memory of its graph has room for the others'
         try:
@@ -36,7 +39,13 @@ def measure(pipeline: Pipeline, registry: Registry, batches: Sequence[int], work
                 raise
         if batch not in decodes:
             device.release_memory()  # not above: until there, the error holds the tensors of the call that failed
-    return Costs(steps, decodes, encode, size.default**2, at_a_time)
+    return Costs(steps, decodes, encode, size.default**2, at_a_time, picture)
+
+
+def _picture(pipeline: Pipeline, pixels: int, repeats: int) -> float:
+    """Seconds to encode a picture of `pixels` a side."""
+    picture = torch.zeros(pixels, pixels, 3, dtype=torch.uint8)
+    return _seconds(pipeline, lambda: pipeline.look(picture), repeats)
 
 
 def _step_and_decode(
@@ -45,10 +54,10 @@ def _step_and_decode(
     """Seconds of both, for `batch` rows of `pixels` a side."""
     name = next(row.name for row in registry.status() if row.state == "resident")
     unet = registry.use(Weights(name))
-    schedule = registry.schedule(name, registry.store.family.variants[name].steps)
+    schedule = registry.schedule(name, registry.store.family.variants[name].steps[0])
     latents = pipeline.noise(0, pixels, pixels, schedule).repeat(batch, 1, 1, 1)
     rows = [pipeline.project(unet, pipeline.prompts.encode(["a warm-up"])[0])] * batch
-    step = _seconds(pipeline, lambda: pipeline.denoise(unet, schedule, latents, [0] * batch, rows), repeats)
+    step = _seconds(pipeline, lambda: pipeline.denoise(unet, [schedule] * batch, latents, [0] * batch, rows), repeats)
     return step, _seconds(pipeline, lambda: pipeline.decode(list(latents)), repeats)
 
 

@@ -17,8 +17,8 @@ HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:/?#@\[\]\s]+)(:[0-9]*)?")  # RFC 3986
 ANY = "*"
 SAFE = ("GET", "HEAD", "OPTIONS")
 EXPOSED = (  # headers that a page of another origin may read
-    *("Retry-After", "X-Request-Id", "X-Seed", "X-Variant", "X-Prompt-Truncated", "X-Check", "X-Should-Retry"),
-    *("RateLimit", "RateLimit-Policy", "Server-Timing", "WWW-Authenticate"),
+    *("Retry-After", "X-Request-Id", "X-Seed", "X-Variant", "X-Strength", "X-Prompt-Truncated", "X-Check"),
+    *("X-Should-Retry", "RateLimit", "RateLimit-Policy", "Server-Timing", "WWW-Authenticate"),
 )
 
 
@@ -49,11 +49,19 @@ class Origins:
         host = headers.get("host", "")
         if host and self.hosts is not None and not is_known(host, self.hosts):
             return Problem(errors.UNKNOWN_HOST, f"this server does not answer to {host[:100]!r}; see ALLOWED_HOSTS")
-        is_foreign = headers.get("sec-fetch-site") == "cross-site"
-        if is_foreign and method not in SAFE and not {ANY, headers.get("origin", "")} & set(self.origins):
+        if is_foreign(headers) and method not in SAFE and not {ANY, headers.get("origin", "")} & set(self.origins):
             origin = headers.get("origin", "")[:100]
             return Problem(errors.FOREIGN_ORIGIN, f"pages of {origin!r} may not use this server; see ALLOWED_ORIGINS")
         return None
+
+
+def is_foreign(headers: Headers) -> bool:
+    """Whether a page of another site sends this. A browser says so, but over plain HTTP only to its own machine; to
+    others it sends a form, unlike JSON, without asking first, and names the page's origin."""
+    site, kind = headers.get("sec-fetch-site"), headers.get("content-type", "").lower()
+    if site is not None or not kind.startswith("multipart/"):
+        return site == "cross-site"
+    return "origin" in headers and headers["origin"].partition("://")[2] != headers.get("host")
 
 
 def is_known(host: str, allowed: Sequence[str]) -> bool:

@@ -33,9 +33,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: Settings, fleet: Fleet, admin: ASGIApp) -> None:
         self._connections = Connections(settings.max_connections, settings.send_timeout_s)
+        self._speak = partial(Protocol, self._connections)
         config = partial(
             uvicorn.Config,
-            http=partial(Protocol, self._connections),  # type: ignore[arg-type]
+            http=self._speak,  # type: ignore[arg-type]
             ws="none",
             log_config=None,
             access_log=False,
@@ -56,8 +57,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self._admin_socket is not None and not self.should_exit:
             self._admin.load()
-            of_uvicorn = {"config": self._admin, "server_state": self.server_state, "app_state": self.lifespan.state}
-            speak = partial(Protocol, self._connections, **of_uvicorn)
+            state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+            speak = partial(self._speak, config=self._admin, **state)
             self.servers.append(await asyncio.get_running_loop().create_server(speak, sock=self._admin_socket))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

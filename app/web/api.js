@@ -54,15 +54,16 @@ export async function getIfThere(path) {
 }
 
 /**
- * Draws. body: of POST /generate. onPreview(index, blob): where body.stream is true. Returns the answer's JSON.
- * Aborting the signal takes the request out of the server.
+ * Draws. body: of POST /generate. onQueued(ahead, seconds), onPreview(index, blob): where body.stream is true. Returns
+ * the answer's JSON. Aborting the signal takes the request out of the server.
  */
-export async function draw(body, signal, onPreview) {
+export async function draw(body, signal, { onQueued, onPreview }) {
   const headers = { "content-type": "application/json", accept: body.stream ? "text/event-stream" : "application/json" };
   const answer = await ask("generate", { method: "POST", headers, body: JSON.stringify(body), signal });
   if (!body.stream) return answer.json();
   for await (const { event, data } of events(answer.body)) {
-    if (event === "preview") onPreview(data.index, blobOf(data.b64_json, data.media_type ?? "image/png"));
+    if (event === "queued") onQueued(data.ahead, data.starts_in_s);
+    if (event === "preview") onPreview(data.index, blobOf(data.b64_json, "image/png"));
     if (event === "result") return data;
     if (event === "error") throw new Problem(data.status, asSentence(data.detail), data.retry_after ?? null);
   }

@@ -170,10 +170,13 @@ async function submit() {
   const mine = (running = new AbortController());
   const asked = bodies(chosen);
   const figures = place(asked);
-  const results = await Promise.allSettled(asked.map((body, number) => drawOne(body, figures[number], chosen, mine.signal)));
+  try {
+    // One after the other, so that the times which are compared are each step count's own.
+    for (const [number, body] of asked.entries()) await drawOne(body, figures[number], chosen, mine.signal);
+  } catch (problem) {
+    return mine.signal.aborted ? undefined : tell(problem);
+  }
   if (mine.signal.aborted) return;
-  const problem = results.find((each) => each.status === "rejected")?.reason;
-  if (problem) return tell(problem);
   $("told").textContent = `Drawn: ${chosen.prompt}`;
   await showKept();
 }
@@ -207,10 +210,17 @@ async function drawOne(body, figures, chosen, signal) {
   captions.forEach(([left]) => (left.textContent = `${body.steps} step${body.steps > 1 ? "s" : ""}`));
   const sent = server.streams && body.steps > 1 ? { ...body, stream: true } : body;
   const began = performance.now();
-  const answer = await draw(sent, signal, (index, blob) => {
-    if (signal.aborted || !figures[index]) return;
-    figures[index].classList.add("preview");
-    show(figures[index], blob, "A preview");
+  const answer = await draw(sent, signal, {
+    onQueued(ahead, seconds) {
+      const text = ahead ? `${ahead} ahead, about ${seconds.toFixed(1)} s` : "";
+      captions.forEach(([, right]) => (right.textContent = text));
+    },
+    onPreview(index, blob) {
+      if (signal.aborted || !figures[index]) return;
+      captions[index][1].textContent = "";
+      figures[index].classList.add("preview");
+      show(figures[index], blob, "A preview");
+    },
   });
   if (signal.aborted) return;
   const milliseconds = Math.round(answer.timings_ms?.total ?? performance.now() - began);
@@ -244,7 +254,10 @@ function show(figure, blob, alt) {
 
 /** A problem as a sentence; where the server names a time, it is counted down, and the request is sent again. */
 async function tell(problem) {
-  for (const figure of $("pictures").children) figure.classList.remove("waits", "preview");
+  for (const figure of [...$("pictures").children]) {
+    figure.classList.remove("waits", "preview");
+    if (!figure.querySelector("img")) figure.remove();
+  }
   if (problem.status === 401) {
     await askForKey();
     return submit();
@@ -252,7 +265,8 @@ async function tell(problem) {
   const sentence = problem instanceof Problem ? problem.sentence : "Something went wrong in this page.";
   let seconds = problem.seconds;
   const write = () => {
-    $("message").textContent = seconds ? `${sentence} Trying again in ${seconds} s.` : sentence;
+    const counted = `${sentence.replace(/; ask again( in \d+ s)?\.$/, ".")} Trying again in ${seconds} s.`;
+    $("message").textContent = seconds ? counted : sentence;
     $("message").hidden = false;
   };
   write();
@@ -283,10 +297,15 @@ function askForKey() {
 
 /** Prompts that go on with what is typed, as buttons. */
 function suggest() {
-  const chips = suggestions($("prompt").value, server.vocabulary).map((text) => {
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  const chips = suggestions($("prompt").value, server.vocabulary).map(({ prompt, text, colour }) => {
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: text ?? prompt });
+    if (colour) {
+      button.title = prompt;
+      button.prepend(Object.assign(document.createElement("i"), { ariaHidden: "true" }));
+      button.firstChild.style.background = colour; // through the object model, which the policy allows
+    }
     button.addEventListener("click", () => {
-      $("prompt").value = text;
+      $("prompt").value = prompt;
       suggest();
       $("prompt").focus();
       submit();

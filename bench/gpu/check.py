@@ -76,7 +76,7 @@ def _closest(pictures: Pictures) -> float:
 def _joining(ours: Ours, variant: str, asked: list[str], seeds: list[int], pixels: int) -> list[torch.Tensor]:
     """The pictures of rows that join a running batch, JOINS at each step, and leave it one after another: batches of 1
     to 8 rows at different steps, each row's picture in its place."""
-    steps = ours.rig.family.variants[variant].steps
+    steps = ours.rig.family.variants[variant].steps[0]
     waiting = list(enumerate(ours.start(variant, asked, seeds, pixels)))
     running: list[tuple[int, int, Any]] = []  # place, step, row
     pictures: dict[int, torch.Tensor] = {}

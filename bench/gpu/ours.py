@@ -61,7 +61,7 @@ class Ours:
         """One step of rows that stand at the steps `at`."""
         latents = torch.stack([latents for latents, _ in rows])
         known = [row for _, row in rows]
-        out = self.pipeline.denoise(self.unet, self._schedule(variant), latents, at, known)
+        out = self.pipeline.denoise(self.unet, [self._schedule(variant)] * len(at), latents, at, known)
         return list(zip(out, known, strict=True))
 
     def draw(self, variant: str, prompts: Sequence[str], seeds: Sequence[int], pixels: int) -> Tensor:
@@ -80,7 +80,7 @@ class Ours:
         self.pipeline.prompts.encode(prompts)
 
     def _schedule(self, variant: str) -> Schedule:
-        return self.registry.schedule(variant, self.rig.family.variants[variant].steps)
+        return self.registry.schedule(variant, self.rig.family.variants[variant].steps[0])
 
 
 Rows = list[tuple[Tensor, Conditioning]]

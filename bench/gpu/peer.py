@@ -64,5 +64,6 @@ class Peer:
         torch.backends.cudnn.benchmark_limit = 10  # torch's own
         side = pixels // 8
         noise = [torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        latents, steps = torch.cat(noise).to(self.rig.device, self.rig.dtype), self.rig.family.variants[variant].steps
+        latents = torch.cat(noise).to(self.rig.device, self.rig.dtype)
+        steps = self.rig.family.variants[variant].steps[0]
         return call(self.pipeline, list(prompts), steps, height=pixels, width=pixels, latents=latents)

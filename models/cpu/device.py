@@ -20,7 +20,6 @@ from models.device import Device
 from models.modules import UNetFunction, WeightSet
 from models.pipeline import Pipeline
 from models.registry import Registry
-from models.weights import read
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class Cpu(Device):
             return {}
         side = store.family.size.default // pipeline.vae_scale
         length = text[0]["max_position_embeddings"]
-        weights = [read(store.component_file(part)) for part in ("vae", "text_encoder", "text_encoder_2")]
+        weights = [store.read(part) for part in ("vae", "text_encoder", "text_encoder_2")]
         decode = make(partial(networks.decoder, weights[0], vae, dtype, side), gains=False)
         first = make(lambda batch: networks.text_encoder(weights[1], text[0], dtype, batch, pooled=False))
         second = make(lambda batch: networks.text_encoder(weights[2], text[1], dtype, batch, pooled=True))

@@ -99,11 +99,22 @@ def test_a_stream_has_one_completed_event_for_each_picture(client):
     assert {(event.size, event.output_format, event.background) for event in events} == {("128x128", "png", "opaque")}
 
 
+@pytest.mark.parametrize(("steps", "wanted", "made"), [(4, 1, 1), (8, 3, 3), (2, 3, 1), (1, 2, 0)])
+def test_partial_images_come_before_the_picture(client, steps, wanted, made):
+    extra = {"seed": 7, "num_inference_steps": steps}
+    *partial, last = client.images.generate(prompt=PROMPT, stream=True, partial_images=wanted, extra_body=extra)
+    assert {event.type for event in partial} <= {"image_generation.partial_image"}
+    indices = [event.partial_image_index for event in partial]  # who reads slowly misses some
+    assert sorted(set(indices) & set(range(made))) == indices
+    assert {opened(event.b64_json).size for event in partial} == ({(16, 16)} if indices else set())
+    assert last.type == "image_generation.completed"
+
+
 def test_models_are_listed_and_found_by_alias(client):
     names = [model.id for model in client.models.list()]
     assert names[0] == "sdxl-lightning"
     assert "4step-unet" in names
-    assert client.models.retrieve("4step-lora").steps == 4
+    assert client.models.retrieve("4step-lora").steps == [4]
     assert client.models.retrieve("dall-e-3").id == "sdxl-lightning"
 
 

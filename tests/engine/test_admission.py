@@ -1,14 +1,16 @@
 """Admission, with a simulated clock: who is let in meets the deadline, and Retry-After is true."""
 
 import heapq
+import math
 import random
 from dataclasses import dataclass, replace
 
 import pytest
 
-from app.engine.admission import Admission
+from app.engine.admission import Admission, Refusal
 from app.engine.costs import Costs
 from app.engine.jobs import Row
+from app.engine.placement import EngineLoad, place
 from app.engine.scheduler import plan
 from models.catalog import Weights
 
@@ -20,15 +22,19 @@ def row(id=0, deadline=30.0, steps=4) -> Row:
     return Row(id, Weights(f"{steps}step-unet"), 128, 128, deadline, steps)
 
 
+def ask(admission: Admission, new: list[Row], pending: list[Row], who: str = "a", now: float = 0.0) -> Refusal | None:
+    return admission.ask([new], [EngineLoad(pending, COSTS)], now, who)
+
+
 def test_a_burst_of_64_is_admitted_while_its_deadlines_can_be_met():
     admission, pending = Admission(limit=256), []
     for id in range(64):
-        assert admission.ask([row(id)], pending, COSTS, 0.0, who=str(id)) is None
+        assert ask(admission, [row(id)], pending, who=str(id)) is None
         pending.append(row(id))
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back():
-    refusal = Admission(limit=4).ask([row(9)], [row(id) for id in range(4)], COSTS, 0.0, who="a")
+    refusal = ask(Admission(limit=4), [row(9)], [row(id) for id in range(4)])
     assert refusal is not None
     assert "full" in refusal.reason
     assert refusal.retry_after >= 1
@@ -37,35 +43,38 @@ def test_a_full_queue_refuses_with_a_time_to_come_back():
 def test_a_flood_from_one_client_books_no_time_for_the_others():
     admission, pending = Admission(limit=4), [row(id) for id in range(4)]
     for _ in range(10_000):
-        admission.ask([row(9)], pending, COSTS, 0.0, who="flood")
-    other = admission.ask([row(10)], pending, COSTS, 0.0, who="other")
+        ask(admission, [row(9)], pending, who="flood")
+    other = ask(admission, [row(10)], pending, who="other")
     assert other is not None
     assert other.retry_after <= 15  # the few windows that equal requests are believed to need
 
 
 def test_a_more_urgent_request_is_refused_where_it_would_make_an_admitted_one_late():
     admission, inside = Admission(limit=1000), []
-    while admission.ask([row(len(inside), deadline=1.0)], inside, COSTS, 0.0, who="patient") is None:
+    while ask(admission, [row(len(inside), deadline=1.0)], inside, who="patient") is None:
         inside.append(row(len(inside), deadline=1.0))
-    while admission.ask([row(len(inside), deadline=0.9)], inside, COSTS, 0.0, who="urgent") is None:
+    while ask(admission, [row(len(inside), deadline=0.9)], inside, who="urgent") is None:
         inside.append(row(len(inside), deadline=0.9))
     assert work_until_done(inside) <= 1.0
 
 
 @pytest.mark.parametrize(
-    ("load", "seconds", "limit", "deadline", "senders"),
+    ("load", "seconds", "limit", "deadline", "senders", "engines"),
     [
-        (1.5, 60, 256, 5.0, None),
-        (2.0, 60, 256, 5.0, None),
-        (2.0, 60, 128, 5.0, None),
-        (2.0, 300, 256, 5.0, None),
-        (2.0, 300, 256, 5.0, 1),  # all send the same request from one address
-        (2.0, 300, 256, 30.0, 1),
-        (2.0, 300, 256, 5.0, 10),  # ten different requests
+        (1.5, 60, 256, 5.0, None, 1),
+        (2.0, 60, 256, 5.0, None, 1),
+        (2.0, 60, 128, 5.0, None, 1),
+        (2.0, 300, 256, 5.0, None, 1),
+        (2.0, 300, 256, 5.0, 1, 1),  # all send the same request from one address
+        (2.0, 300, 256, 30.0, 1, 1),
+        (2.0, 300, 256, 5.0, 10, 1),  # ten different requests
+        (2.0, 60, 32, 5.0, None, 2),
+        (2.0, 60, 256, 5.0, 1, 2),
+        (2.0, 60, 256, 5.0, None, 4),
     ],
 )
-def test_who_waits_for_retry_after_is_admitted_95_times_in_100(load, seconds, limit, deadline, senders):
-    seen = simulate(load, seconds, limit=limit, deadline=deadline, senders=senders)
+def test_who_waits_for_retry_after_is_admitted_95_times_in_100(load, seconds, limit, deadline, senders, engines):
+    seen = simulate(load, seconds, limit=limit, deadline=deadline, senders=senders, engines=engines)
     assert seen.returned > 100
     assert seen.admitted_again / seen.returned >= 0.95
     assert seen.late == 0
@@ -90,20 +99,31 @@ def test_a_flood_of_different_requests_that_never_return_keeps_nobody_out():
 
 def test_one_refusal_tells_of_the_next_but_not_of_who_has_more_time_or_a_place():
     admission, pending = Admission(limit=1000), [row(id, deadline=1.0) for id in range(200)]
-    assert admission.glance(200, 1.0, 0.0, who="a") is None  # nobody was refused yet
-    refusal = admission.ask([row(300, deadline=1.0)], pending, COSTS, 0.0, who="a")
-    told = admission.glance(200, 1.0, 0.1, who="b")
+    assert admission.glance(200, 1, 1.0, 0.0, who="a") is None  # nobody was refused yet
+    refusal = ask(admission, [row(300, deadline=1.0)], pending)
+    told = admission.glance(200, 1, 1.0, 0.1, who="b")
     assert refusal is not None
     assert told is not None
     assert told.retry_after >= refusal.retry_after
-    assert admission.glance(200, 30.0, 0.1, who="c") is None
-    assert admission.glance(200, 0.1, 0.1, who="c") is None  # it would be drawn before the others
-    assert admission.glance(1000, 30.0, 0.1, who="c") is not None  # the queue is full for everybody
+    assert admission.glance(200, 1, 30.0, 0.1, who="c") is None
+    assert admission.glance(200, 1, 0.1, 0.1, who="c") is None  # it would be drawn before the others
+    assert admission.glance(1000, 1, 30.0, 0.1, who="c") is not None  # the queue is full for everybody
     back = 0.1 + told.retry_after
-    admission.ask([row(301, deadline=back + 0.5)], pending, COSTS, back, who="d")
-    assert admission.glance(200, 0.5, back, who="e") is not None
-    assert admission.glance(200, 0.5, back, who="b") is None
-    assert admission.glance(200, 0.5, back + 1.0, who="e") is None  # that was too long ago to tell
+    ask(admission, [row(301, deadline=back + 0.5)], pending, "d", back)
+    assert admission.glance(200, 1, 0.5, back, who="e") is not None
+    assert admission.glance(200, 1, 0.5, back, who="b") is None
+    assert admission.glance(200, 1, 0.5, back + 1.0, who="e") is None  # that was too long ago to tell
+
+
+def test_of_several_engines_one_with_a_place_is_enough():
+    admission, late, idle = Admission(limit=1000), [row(id, deadline=1.0) for id in range(200)], []
+    new = [row(300, deadline=1.0)]
+    assert admission.ask([new, []], [EngineLoad(late, COSTS), EngineLoad(idle, COSTS)], 0.0, who="a") is not None
+    assert admission.glance(200, 2, 1.0, 0.1, who="b") is None
+    assert admission.ask([new, []], [EngineLoad(late, COSTS)] * 2, 0.0, who="a") is not None
+    assert admission.glance(400, 2, 1.0, 0.1, who="b") is not None
+    assert admission.glance(400, 2, math.inf, 0.1, who="b") is None  # not read yet, and the queue is not full
+    assert admission.glance(2000, 2, math.inf, 0.1, who="b") is not None
 
 
 @dataclass
@@ -127,14 +147,16 @@ def simulate(
     deadline: float = 5.0,
     senders: int | None = None,
     flood: float = 0.0,
+    engines: int = 1,
 ) -> Seen:
-    """Poisson arrivals at `load` times the capacity against the real Admission and scheduler, on a simulated clock.
-    senders: how many different fingerprints there are; None: as many as clients. flood: as load, of others who never
-    come back. Who does comes up to half a second after its time."""
+    """Poisson arrivals at `load` times the capacity against the real Admission, placement and schedulers, on a
+    simulated clock. senders: how many different fingerprints there are; None: as many as clients. flood: as load, of
+    others who never come back. Who does comes up to half a second after its time."""
     random.seed(7)
-    costs = COSTS.scaled(4)  # 11 pictures a second: less to simulate
-    capacity = CAPACITY / 4
-    admission, board, seen = Admission(limit), {}, Seen()
+    costs = COSTS.scaled(4)  # 11 pictures a second and engine: less to simulate
+    capacity = engines * CAPACITY / 4
+    admission, seen = Admission(limit), Seen()
+    boards: list[dict[int, Row]] = [{} for _ in range(engines)]
     arrivals: list[tuple[float, int, bool]] = []
     time, id = 0.0, 0
     while time < seconds:
@@ -143,18 +165,23 @@ def simulate(
         arrivals.append((time, id, False))
     floods = {id for _, id, _ in arrivals if random.random() < flood / (load + flood)}
     heapq.heapify(arrivals)
-    now, served = 0.0, 0
-    while now < seconds:
+    served = 0
+    clocks = [(0.0, engine) for engine in range(engines)]  # when each engine may begin its next call
+    while clocks[0][0] < seconds:
+        now, engine = heapq.heappop(clocks)
+        board = boards[engine]
         while arrivals and arrivals[0][0] <= now:
             at, id, is_return = heapq.heappop(arrivals)
             asked = Row(id, Weights("4step-unet"), 128, 128, at + deadline, 4)
             who = str(id % senders if senders else id)
-            refusal = admission.glance(len(board), asked.deadline - now, now, who)
+            loads = [EngineLoad(list(rows.values()), costs) for rows in boards]
+            placed = place([asked], loads)
+            refusal = admission.glance(sum(map(len, boards)), engines, asked.deadline - now, now, who)
             seen.glances += refusal is not None
-            refusal = refusal or admission.ask([asked], list(board.values()), costs, now, who)
+            refusal = refusal or admission.ask(placed, loads, now, who)
             seen.returned += is_return
             if refusal is None:
-                board[id] = asked
+                boards[next(number for number, rows in enumerate(placed) if rows)][id] = asked
                 seen.admitted_again += is_return
             elif returns and not is_return and id not in floods:
                 seen.longest_wait = max(seen.longest_wait, refusal.retry_after)
@@ -172,7 +199,8 @@ def simulate(
         if todo.decode:
             now += costs.decode_seconds(len(todo.decode), 128 * 128)
         if not (todo.step or todo.decode):
-            now = arrivals[0][0] if arrivals else seconds
+            now = max(now + 0.001, arrivals[0][0]) if arrivals else seconds
+        heapq.heappush(clocks, (now, engine))
     seen.goodput = served / capacity / seconds
     return seen
 

@@ -3,14 +3,16 @@
 import time
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from app.engine.costs import Costs
-from app.engine.jobs import Job
+from app.engine.jobs import Job, Source
 from app.engine.loop import Loop
-from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Report, Submit
+from app.engine.messages import Cancel, Done, Failed, FromEngine, Measured, Ping, Preview, Report, Submit
+from app.engine.queue import Queue, Stepped
 from app.errors import UNAVAILABLE
 from models.catalog import CATALOG, Weights
 from models.device import Device, Tier
@@ -19,6 +21,7 @@ from models.registry import Registry
 from models.weights import WeightStore
 from tests.conftest import eventually
 from tests.engine.conftest import running
+from tests.models import oracle
 
 FAMILY = CATALOG["embedded"]
 COSTS = Costs(step={1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, decode={1: 0.01, 8: 0.02}, encode=0.0, pixels=128 * 128)
@@ -26,7 +29,7 @@ LATER = time.monotonic() + 3600
 
 
 def job(id: int, prompt: str = "a red apple", variant: str = "2step-unet", deadline: float = LATER) -> Job:
-    return Job(id, prompt, Weights(variant), FAMILY.variants[variant].steps, id, 128, 128, deadline)
+    return Job(id, prompt, Weights(variant), FAMILY.variants[variant].steps[0], id, 128, 128, deadline)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,20 @@ def test_a_row_that_fails_fails_alone(pipeline):
     assert sent.done() == {0, 1, 3, 4}
 
 
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_who_looks_on_changes_nothing(pipeline, steps):
+    """The same pixels, bit for bit, with a preview of each step but the last and without."""
+    drawn = []
+    for previews in (False, True):
+        loop, sent = make_loop(pipeline, f"{steps}step-unet")
+        loop.post(Submit([msgspec.structs.replace(job(7, variant=f"{steps}step-unet"), previews=previews)]))
+        serve(loop, sent, 1)
+        seen = [(each.step, each.height, each.width, len(each.pixels)) for each in sent if isinstance(each, Preview)]
+        assert seen == [(step, 16, 16, 16 * 16 * 3) for step in range(1, steps) if previews]
+        drawn += pictures(sent)
+    assert drawn[0].equal(drawn[1])
+
+
 def test_a_row_survives_a_neighbour_that_failed_with_it_and_left_meanwhile(pipeline, monkeypatch):
     loop, sent = make_loop(pipeline, "2step-unet")
     encode = pipeline.prompts.encode
@@ -99,6 +116,47 @@ def test_nobody_learns_from_the_time_whether_another_has_asked_for_a_prompt(pipe
         pipeline.prompts.encode(["a secret prompt"], [owner])
     pipeline.text = text
     assert encoded == [1, 1]
+
+
+def over(id: int, strength: float, source: int, variant: str = "4step-unet") -> Job:
+    return msgspec.structs.replace(job(id, variant=variant), strength=strength, source=source)
+
+
+def test_rows_that_draw_over_a_picture_take_only_their_own_steps_and_it_is_encoded_once_for_all(pipeline, monkeypatch):
+    loop, sent = make_loop(pipeline, "4step-unet")
+    looked = []
+    look = pipeline.look
+    monkeypatch.setattr(pipeline, "look", lambda *picture: looked.append(picture) or look(*picture))
+    source = Source(bytes(oracle.IMAGE.numpy()), bytes(oracle.MASK.numpy()))
+    loop.post(Submit([over(0, 0.5, 0), over(1, 0.5, 0)], source))
+    loop.post(Submit([job(2, variant="4step-unet")]))
+    loop.post(Submit([over(3, 0.25, 3)], Source(source.image)))
+    serve(loop, sent, 4)
+    assert (sent.failed(), len(looked)) == ({}, 2)
+    assert {message.id: len(message.batches) for message in sent if isinstance(message, Done)} == {
+        0: 2,
+        1: 2,
+        2: 4,
+        3: 1,
+    }
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_own_rows_only(pipeline):
+    loop, sent = make_loop(pipeline, "4step-unet")
+    loop.post(Submit([over(0, 0.5, 0), over(1, 0.5, 0)], Source(b"too short")))
+    loop.post(Submit([job(2, variant="4step-unet")]))
+    serve(loop, sent, 3)
+    assert (sent.done(), sent.failed()) == ({2}, {0: "FAILED", 1: "FAILED"})
+
+
+async def test_a_request_is_told_of_the_steps_that_are_taken(pipeline):
+    queue, jobs = Queue(), [over(0, 0.5, 0)]
+    ticket = queue.put(jobs, {each.id: 0 for each in jobs}, wants_steps=True)
+    assert (queue.rows(1)[0][0].steps_left, queue.rows(1)[0][0].is_encoded) == (2, False)
+    for step in (1, 2):
+        queue.stepped([0])
+        assert await ticket.next() == Stepped(0, step)
+    assert (queue.rows(1)[0][0].steps_left, queue.rows(1)[0][0].is_encoded) == (0, True)
 
 
 def test_a_cancelled_row_leaves_and_its_neighbours_stay(pipeline):

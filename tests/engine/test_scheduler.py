@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_cost
 
 from app.engine.costs import Costs
 from app.engine.jobs import Plan, Row
@@ -50,6 +52,27 @@ def test_the_batch_is_no_larger_than_what_the_measured_costs_pay_for():
     rows = [row(id) for id in range(20)]
     assert len(plan(rows, FLAT, now=0.0).step) == 8
     assert len(plan(rows, LINEAR, now=0.0).step) == 1
+
+
+def test_a_picture_to_draw_over_is_encoded_alone_for_all_its_rows_and_in_its_turn():
+    words, over = [row(1, is_encoded=False), row(2, is_encoded=False)], [row(3, is_encoded=False, source=3)]
+    over.append(row(4, is_encoded=False, source=3))
+    another = row(5, is_encoded=False, source=5)
+    assert plan([*over, another, *words], FLAT, now=0.0).encode == tuple(words)
+    assert plan([another, *over], FLAT, now=0.0).encode == tuple(over)
+    older = [replace(each, deadline=9.0) for each in over]
+    assert plan([*words, another, *older], FLAT, now=0.0).encode == tuple(older)
+
+
+def test_a_picture_to_draw_over_is_priced_once_for_all_its_rows_until_it_is_encoded():
+    costs = replace_cost(LINEAR, picture=0.5)
+    words, over = [row(id) for id in (1, 2)], [row(id, is_encoded=False, source=1) for id in (1, 2)]
+    assert costs.work(over) == pytest.approx(costs.work(words) + 0.5)
+    assert costs.alone(over[1]) == pytest.approx(costs.alone(words[1]) + 0.5)  # each waits for it
+    assert costs.work([replace(each, is_encoded=True) for each in over]) == pytest.approx(costs.work(words))
+    assert costs.scaled(2).work(over) == pytest.approx(2 * costs.work(over))
+    larger = replace(over[0], height=256)
+    assert costs.work([larger]) == pytest.approx(costs.work([replace(larger, source=None)]) + 1.0)
 
 
 def test_a_guided_picture_takes_two_rows_of_the_batch():

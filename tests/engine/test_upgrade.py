@@ -97,7 +97,7 @@ def test_pings_are_answered_while_a_change_is_made_and_calls_wait_for_its_end():
         assert eventually(lambda: 0 in engine.done(), 30)
 
 
-def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without(monkeypatch, caplog):
+def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without(monkeypatch, caplog, tmp_path):
     engine, tried = Engine(1), []
 
     def compiler(function):
@@ -109,7 +109,7 @@ def test_where_a_compiler_fails_the_rest_is_compiled_and_service_goes_on_without
     monkeypatch.setattr(upgrade, "compiled_for_gpu", compiler)
     with running(engine.loop):
         before = engine.draw(0)
-        upgrade.compile_graphs(engine.loop, engine.model)
+        upgrade.compile_graphs(engine.loop, engine.model, str(tmp_path))
         assert eventually(lambda: len(tried) == 2 and engine.steps.often == SEEN_OFTEN, 30)
         assert any("no such kernel" in str(vars(record)) for record in caplog.records)
         assert engine.draw(10) == before
@@ -146,15 +146,31 @@ def test_no_other_error_does(error):
     assert make(Call("denoise", [], work, print), GpuWay())[0] is error
 
 
-def test_compiled_code_comes_in_beside_the_service_and_pictures_stay_the_same(monkeypatch):
+def test_compiled_code_comes_in_beside_the_service_and_pictures_stay_the_same(monkeypatch, tmp_path):
     engine, compiled = Engine(1, 2, 4), []
     monkeypatch.setattr(
         upgrade, "compiled_for_gpu", lambda function: compiled.append(function) or function
     )  # no Inductor here
     with running(engine.loop):
         before = engine.draw(0)
-        upgrade.compile_graphs(engine.loop, engine.model)
+        upgrade.compile_graphs(engine.loop, engine.model, str(tmp_path))
         assert eventually(lambda: engine.loop.compiled, 30)
         assert len(compiled) == 2
         assert sorted(engine.loop.costs.step) == [1, 2, 4]  # measured anew
         assert engine.draw(10) == before
+
+
+def test_engines_compile_one_after_the_other(tmp_path):
+    order: list[str] = []
+
+    def second() -> None:
+        with upgrade.one_at_a_time(str(tmp_path)):
+            order.append("second")
+
+    with upgrade.one_at_a_time(str(tmp_path)):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.2)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]

@@ -27,5 +27,5 @@ def test_every_stage_is_timed_and_every_batch_counted(server):
     assert eventually(lambda: [grew(f"sdxl_{stage}_seconds_count") for stage in stages] == [1] * 4)
     assert grew("sdxl_denoise_step_seconds_count") == 8
     assert grew('sdxl_batch_rows_sum{variant="8step-unet"}') == 8
-    assert server.metrics()['sdxl_variant_resident_bytes{variant="8step-unet"}'] > 1e6
+    assert server.metrics()['sdxl_variant_resident_bytes{device="0",variant="8step-unet"}'] > 1e6
     assert eventually(lambda: server.metrics()["sdxl_ready"] == 1)

@@ -1,21 +1,21 @@
 """The playground in a real browser."""
 
+import asyncio
 import base64
 import io
-import os
 import re
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page
 
-from tests.conftest import ROOT, needed
+from tests.conftest import TOOLS, browser_page, eventually, needed
 
-AXE = Path(os.environ.get("TOOLS", ROOT / ".venv" / "tools")) / "node_modules" / "axe-core" / "axe.min.js"
+AXE = TOOLS / "node_modules" / "axe-core" / "axe.min.js"
 DRAWN = "#pictures figure:not(.waits) img"
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True}
 APPLE = "a red apple on a blue background"
@@ -26,20 +26,13 @@ BYTES = "async (image) => [...new Uint8Array(await (await fetch(image.src)).arra
 @asynccontextmanager
 async def opened(url: str, **options: object) -> AsyncIterator[Page]:
     """The page in a browser of its own, ready to be typed into. No error may reach its console."""
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=needed("chromium", "chromium"),
-            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
-        )
-        page = await (await browser.new_context(**options)).new_page()
-        page.set_default_timeout(120_000)  # milliseconds: a browser needs both cores of a shared machine
+    async with browser_page(**options) as page:
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda told: errors.append(told.text) if "Security Policy" in told.text else None)
         await page.goto(url)
         await page.locator("#server", has_text="embedded").wait_for()
         yield page
-        await browser.close()
         assert errors == []
 
 
@@ -90,10 +83,37 @@ async def test_a_picture_is_opened_by_keyboard_and_told_as_a_command(server):
         assert not await page.locator("#viewer").is_visible()
 
 
+async def test_a_picture_is_shown_while_it_is_drawn(server):
+    async with opened(server.url, **READABLE) as page:
+        await page.evaluate("""() => {
+            window.shown = new Set();
+            const look = (changes) => changes.forEach(({ target }) => {
+                if (target.matches("figure.preview")) window.shown.add([...target.parentNode.children].indexOf(target));
+            });
+            new MutationObserver(look).observe(document.body, { attributes: true, subtree: true });
+        }""")
+        await page.locator("#prompt").fill(APPLE)
+        assert await is_a_red_apple_on_blue(page, 3)
+        assert await page.evaluate("[...window.shown].sort()") == [1, 2, 3]  # one step has no preview
+
+
+async def test_who_stands_in_the_queue_sees_how_many_are_ahead(server):
+    async with opened(server.url) as page:
+        await page.get_by_text("4", exact=True).locator("visible=true").first.click()
+        with ThreadPoolExecutor(1) as pool:
+            with server.stopped_engine():
+                others = pool.submit(server.generate, n=3)
+                assert await asyncio.to_thread(eventually, lambda: server.in_engine() == 3)
+                await page.locator("#prompt").fill(APPLE)
+                await page.get_by_text("3 ahead, about").wait_for()
+            await page.locator(DRAWN).wait_for()
+            assert others.result().status_code == 200
+
+
 async def test_a_refusal_is_a_sentence_with_a_countdown_and_is_tried_again(server):
     async with opened(server.url, **READABLE) as page:
         busy = {"status": 429, "detail": "too busy; ask again in 2 s", "code": "overloaded"}
-        answers = iter([True] * 4)
+        answers = iter([True])
 
         async def refuse_at_first(route):
             if next(answers, False):

@@ -21,7 +21,7 @@ def mounted() -> httpx.AsyncClient:
     [
         ("application/json", b'{"prompt": "a robot"}', 503, "refused"),
         ("text/plain", b"a robot", 415, "invalid"),
-        ("application/json", b" " * 70_000, 413, "invalid"),
+        ("application/json", b" " * (21 << 20), 413, "invalid"),
         ("application/json", b'{"prompt": ""}', 422, "invalid"),
     ],
 )

@@ -21,7 +21,7 @@ PROMPTS = ["a red apple on a blue background", "a robot", "pizza, green backgrou
 
 
 def draw(pipeline: Pipeline, registry: Registry, name: str) -> torch.Tensor:
-    unet, schedule = registry.use(Weights(name)), registry.schedule(name, STORE.family.variants[name].steps)
+    unet, schedule = registry.use(Weights(name)), registry.schedule(name, STORE.family.variants[name].steps[0])
     return pipeline.draw(unet, schedule, PROMPTS, range(len(PROMPTS)), 128, 128)[0]
 
 

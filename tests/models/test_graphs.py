@@ -47,13 +47,13 @@ def pipeline() -> Pipeline:
 
 def step_once(pipeline: Pipeline, registry: Registry, name: str, rows: int, project: bool = False) -> Tensor:
     """Rows with seeds, prompts and steps of their own."""
-    unet, schedule = registry.use(Weights(name)), registry.schedule(name, STORE.family.variants[name].steps)
+    unet, schedule = registry.use(Weights(name)), registry.schedule(name, STORE.family.variants[name].steps[0])
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(rows)])
     conditioning = pipeline.prompts.encode([PROMPTS[row % 3] for row in range(rows)])
     if project:
         conditioning = [pipeline.project(unet, row) for row in conditioning]
     steps = [row % len(schedule.timesteps) for row in range(rows)]
-    return pipeline.denoise(unet, schedule, latents, steps, conditioning)
+    return pipeline.denoise(unet, [schedule] * rows, latents, steps, conditioning)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_recorded_step_waits_for_nothing_on_the_host():
 
 def _step_on_gpu(pipeline: Pipeline, unet, schedule) -> Tensor:
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in range(3)])
-    return pipeline.denoise(unet, schedule, latents, range(3), pipeline.prompts.encode(PROMPTS))
+    return pipeline.denoise(unet, [schedule] * 3, latents, range(3), pipeline.prompts.encode(PROMPTS))
 
 
 def test_a_text_encoder_is_causal_without_masks():

@@ -7,10 +7,9 @@ from compel.embeddings_provider import SplitLongTextMode
 from torch import Tensor
 
 from models.catalog import Weights
-from models.device import Device, Tier
+from models.device import Device
 from models.pipeline import Pipeline
 from models.prompts import Conditioning
-from models.registry import Registry
 from models.weights import WeightStore
 from tests.models import oracle
 
@@ -20,19 +19,6 @@ LONG = " ".join(
 )
 LATENTS = {"rtol": 0, "atol": 1e-4}
 VARIANTS = ("1step-unet", "4step-unet", "2step-lora")
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return Pipeline(WeightStore(oracle.FAMILY), Device(), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def registry() -> Registry:
-    registry = Registry(WeightStore(oracle.FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)])
-    for name in VARIANTS:
-        registry.load(Weights(name))
-    return registry
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +40,7 @@ def guided(pipeline: Pipeline, prompt: str, negative: str | None, guidance: floa
 
 
 def diffusers_latents(name: str, seed: int, guidance: float, **prompts: object) -> Tensor:
-    steps = oracle.FAMILY.variants[name].steps
+    steps = oracle.FAMILY.variants[name].steps[0]
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = oracle.diffusers_pipeline(name)(
         num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent", **prompts
@@ -65,7 +51,7 @@ def diffusers_latents(name: str, seed: int, guidance: float, **prompts: object) 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("negative", "guidance"), [(None, 1.5), ("", 2.0), (CAT, 3.0), ("red", 1.01)])
 def test_a_guided_picture_has_diffusers_latents(pipeline, registry, name, negative, guidance):
-    parts = registry.use(Weights(name)), registry.schedule(name, oracle.FAMILY.variants[name].steps)
+    parts = registry.use(Weights(name)), registry.schedule(name, oracle.FAMILY.variants[name].steps[0])
     ours = pipeline.sample(*parts, [APPLE], [7], 128, 128, negative, guidance)[0]
     theirs = diffusers_latents(name, 7, guidance, prompt=APPLE, negative_prompt=negative)
     torch.testing.assert_close(ours, theirs, **LATENTS)
@@ -89,8 +75,8 @@ def test_guided_and_unguided_rows_share_calls_and_have_the_latents_of_each_alone
     latents = torch.stack([pipeline.noise(seed, 128, 128, schedule) for seed in (1, 2, 3, 4)])
     alone = [row[None] for row in latents]
     for step in range(4):
-        latents = pipeline.denoise(unet, schedule, latents, [step] * 4, rows)
-        alone = [pipeline.denoise(unet, schedule, x, [step], [row]) for x, row in zip(alone, rows, strict=True)]
+        latents = pipeline.denoise(unet, [schedule] * 4, latents, [step] * 4, rows)
+        alone = [pipeline.denoise(unet, [schedule], x, [step], [row]) for x, row in zip(alone, rows, strict=True)]
     torch.testing.assert_close(latents, torch.cat(alone), **LATENTS)
     theirs = diffusers_latents("4step-unet", 4, 1.5, prompt=CAT, negative_prompt="yellow")
     torch.testing.assert_close(latents[3], theirs, **LATENTS)
