@@ -7,7 +7,6 @@ whether who came back when told to was admitted.
 
 import argparse
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -178,12 +177,12 @@ HEADS = (
     *("load", "in time/s", "share", "p50 s", "p99 s", "late", "504", "refused", "p99 ms", "untold", "wait s"),
     *("back", "let in %", "other", "generator", "HTTP"),
 )
+HEAD = f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|"
 
 
-def row(figures: Figures | None = None) -> str:
-    """A line of the table; the head of it."""
-    cells = HEADS if figures is None else asdict(figures).values()
-    return " ".join(f"{cell!s:>{32 if place == 0 else 9}}" for place, cell in enumerate(cells))
+def row(figures: Figures) -> str:
+    """A row of docs/reliability.md."""
+    return f"| {' | '.join(map(str, asdict(figures).values()))} |"
 
 
 def main() -> None:
@@ -192,12 +191,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load")
     parser.add_argument("--threads", type=int, default=2, help="of the server's engine")
     options = parser.parse_args()
-    found = []
+    print(HEAD, flush=True)
     for figures in run(options.threads, options.seconds):
-        found.append(figures)
-        print(row() + "\n" + row(figures), flush=True)
-    print("\n".join([row(), *map(row, found)]))
-    print(json.dumps([asdict(figures) for figures in found]))
+        print(row(figures), flush=True)
 
 
 if __name__ == "__main__":

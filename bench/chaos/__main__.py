@@ -1,8 +1,9 @@
 """N minutes of everything at once: `make chaos`, or `python -m bench.chaos --minutes 30`.
 
-In the first act many kinds of clients draw, leave and send nonsense, and memory is watched; in the second engines are
-killed and stopped meanwhile, the log is lost, and more come than can be served. Nothing accepted may be lost: the
-clients' ledger and the server's must balance. --plant breaks something, and its line must turn red.
+In the first act many kinds of clients draw, leave and send nonsense, and memory is watched; in the second the engine is
+killed and stopped meanwhile, the log is lost, and more come than can be served; in the third one of two engines is.
+Nothing accepted may be lost: the clients' ledger and the server's must balance. Prints rows for docs/reliability.md.
+--plant breaks something, and its lines must turn red; with `all`, every line must, by one plant or another.
 """
 
 import argparse
@@ -12,13 +13,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.chaos import figures
 from bench.chaos.clients import Books, Crowd, balance
-from bench.chaos.faults import HARD, MILD, Fault, Window, inject, lose_log
+from bench.chaos.faults import HARD, MILD, OF_ONE, Fault, Window, inject, lose_log
 from bench.chaos.figures import Line
 from bench.chaos.inside import PLANTS
 from bench.chaos.rig import Rig, until
@@ -28,36 +30,43 @@ from bench.report import machine
 from bench.work import EVEN_MIX, prompts, stream
 
 RESULTS = Path(__file__).parents[1] / "results" / "chaos.json"
-LOAD = 0.4  # of the capacity
 GONE_S = 5.0  # for an engine to leave with its server
 DRAIN_S = 60.0
 BREATH_S, REST_S = 12.0, 3.0  # of load, and of rest
 CACHED = 1024  # prompts; of models.prompts
+HEAD = "| id | act | promise | figure | aim | |\n|---|---|---|---|---|---|"
 
 
 @dataclass(frozen=True)
 class Act:
-    """A part of the run. share: of the minutes. every: seconds between faults. is_file: see Rig."""
+    """A part of the run. share: of the minutes. load: of the capacity. every: seconds between faults."""
 
     name: str
     share: float
+    load: float
     faults: Sequence[Fault]
     every: float
-    is_file: bool
+    engines: int = 1
+    is_file: bool = False
 
 
-ACTS = (Act("soak", 0.6, MILD, 40.0, True), Act("chaos", 0.4, HARD, 12.0, False))
+ACTS = (
+    Act("soak", 0.5, 0.4, MILD, 40.0, is_file=True),
+    Act("chaos", 0.3, 0.4, HARD, 12.0),
+    Act("fleet", 0.2, 0.2, OF_ONE, 12.0, engines=2),
+)
+PLANT_S = 60.0
 
 
-async def play(act: Act, seconds: float, plant: str | None, folder: Path) -> list[Line]:
+async def play(act: Act, seconds: float, plant: str, folder: Path) -> list[Line]:
     """One act on a server of its own."""
-    rig = Rig(folder, act.is_file, plant)
+    rig = Rig(folder, act.engines, act.is_file, plant)
     try:
         live = await rig.wait_ready()
         async with Client("127.0.0.1", rig.port) as client:
             first = await closed_loop(client, stream("capacity", EVEN_MIX), 16, 6.0, warm_s=2.0)
             await fill(client)
-        rate = LOAD * first.images_per_s / 2  # a request is for two pictures
+        rate = act.load * first.images_per_s / 2  # a request is for two pictures
         print(f"{act.name}: {first.images_per_s:.1f} images/s; {rate:.1f} requests/s for {seconds:.0f} s", flush=True)
         crowd, windows, begin = Crowd(rig.port, seed=1), list[Window](), time.monotonic()
         watching, before = asyncio.create_task(rig.watch()), await rig.metrics()
@@ -76,20 +85,21 @@ async def play(act: Act, seconds: float, plant: str | None, folder: Path) -> lis
         watching.cancel()
         books = balance(crowd.attempts, before, last)
         print(ledger(books), flush=True)
+        counts = Counter(window.fault for window in windows)
+        print("faults:", ", ".join(f"{name} {count}" for name, count in sorted(counts.items())), flush=True)
         lines = [Line("R17", "/live answers within", live, 5, "s")]
         lines += figures.of_requests(crowd, books, windows) + figures.of_loop(before, after)
         lines.append(Line("R3", "nothing is left in flight after", round(settled, 1), 15, "s"))
         if act.is_file:
-            lines += figures.of_memory(rig, begin, end)
-            lines += await drain(rig, rate)
-        else:
-            lines += figures.of_health(rig.looks, windows)
-            lost = last["sdxl_log_lines_dropped_total"]
-            lines.append(Line("R15", "lines of the log that were lost while nobody read it", lost, 1, "lines", True))
-            lines += await bereave(rig)
-        counts = {name: sum(window.fault == name for window in windows) for name in {w.fault for w in windows}}
-        print("faults:", ", ".join(f"{name} {count}" for name, count in sorted(counts.items())), flush=True)
-        return lines
+            return lines + figures.of_memory(rig, begin, end) + await drain(rig)
+        if act.engines > 1:
+            lines.append(
+                Line("R5 lost", "requests that failed with one of two engines", books.ours["failed"], 0, "requests")
+            )
+        lost = last["sdxl_log_lines_dropped_total"]
+        lines += figures.of_health(rig.looks, windows, act.engines)
+        lines.append(Line("R15", "lines of the log that were lost while nobody read it", lost, 1, "lines", True))
+        return lines + await bereave(rig)
     finally:
         rig.end()
 
@@ -115,7 +125,7 @@ async def breathe(rig: Rig, crowd: Crowd, rate: float, end: float) -> None:
         rig.rests.append((begin, time.monotonic()))
 
 
-async def drain(rig: Rig, rate: float) -> list[Line]:
+async def drain(rig: Rig) -> list[Line]:
     """SIGTERM while clients draw: who was accepted is served, and nothing stays."""
     crowd = Crowd(rig.port, seed=2)
     accepted = [asyncio.create_task(crowd.draw()) for _ in range(16)]
@@ -148,14 +158,37 @@ def ledger(books: Books) -> str:
     return f"clients: {dict(books.ours)}; server: received {books.received}, {dict(books.theirs)}"
 
 
-def table(lines: Sequence[tuple[str, Line]]) -> str:
-    """All lines, aligned."""
-    rows = [
-        f"{act:6} {line.id:16} {line.promise:56} {line.figure:>10g} {line.unit:9} "
-        f"{'>=' if line.is_share else '<='} {line.aim:<8g} {'holds' if line.holds else 'BROKEN'}"
-        for act, line in lines
-    ]
-    return "\n".join(rows)
+def told(act: str, line: Line) -> str:
+    """A row of docs/reliability.md."""
+    aim = f"{'>=' if line.is_share else '<='} {line.aim:g}"
+    return f"| {line.id} | {act} | {line.promise} | {line.figure:g} {line.unit} | {aim} {line.unit} | {line.verdict} |"
+
+
+def run(acts: Sequence[Act], seconds: float, plant: str, folder: Path) -> list[tuple[str, Line]]:
+    """All of these acts, and their rows on stdout."""
+    lines: list[tuple[str, Line]] = []
+    for act in acts:
+        share = act.share / sum(each.share for each in acts)
+        lines += [(act.name, line) for line in asyncio.run(play(act, share * seconds, plant, folder / act.name))]
+    print(HEAD, *(told(act, line) for act, line in lines), sep="\n", flush=True)
+    return lines
+
+
+def sow(plants: Sequence[str], seconds: float, folder: Path) -> list[str]:
+    """Plant one after the other; what should have turned red and did not."""
+    green, seen, ids = list[str](), set[str](), set[str]()
+    for plant in plants:
+        print(f"planted: {plant}", flush=True)
+        wanted = PLANTS[plant]
+        acts = [act for act in ACTS if act.name == wanted.act]
+        lines = run(acts, seconds, plant, folder / plant.replace(" ", "-"))
+        red = {line.id for _, line in lines if line.verdict == "BROKEN"}
+        green += [f"{plant}: {id} holds" for id in wanted.lines if id not in red]
+        ids |= {line.id for _, line in lines}
+        seen |= red & set(wanted.lines)
+    if len(plants) == len(PLANTS):
+        green += [f"nothing turned {id} red" for id in sorted(ids - seen)]
+    return green
 
 
 def main() -> None:
@@ -163,25 +196,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="of all acts together")
     parser.add_argument("--acts", nargs="+", choices=[act.name for act in ACTS], default=[act.name for act in ACTS])
-    parser.add_argument("--plant", choices=list(PLANTS), help="break something that must be seen")
+    parser.add_argument("--plant", choices=[*PLANTS, "all"], help=f"break something, for {PLANT_S:.0f} s each")
     options = parser.parse_args()
-    acts = [act for act in ACTS if act.name in options.acts]
-    lines: list[tuple[str, Line]] = []
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    for act in acts:
-        seconds = 60 * options.minutes * act.share / sum(each.share for each in acts)
-        lines += [(act.name, line) for line in asyncio.run(play(act, seconds, options.plant, folder / act.name))]
-    print(table(lines))
-    found = [{"act": act, **asdict(line), "holds": line.holds} for act, line in lines]
-    told = {"machine": machine(), "options": vars(options), "date": time.strftime("%Y-%m-%d"), "lines": found}
-    print(json.dumps(told))
-    broken = {line.id for _, line in lines if not line.holds}
-    if options.plant is None:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(told, indent=1) + "\n")
-        sys.exit(f"broken: {', '.join(sorted(broken))}" if broken else 0)
-    seen = broken & set(PLANTS[options.plant][1])
-    sys.exit(0 if seen else f"{options.plant} was planted, and none of {PLANTS[options.plant][1]} is broken")
+    if options.plant is not None:
+        plants = list(PLANTS) if options.plant == "all" else [options.plant]
+        sys.exit("\n".join(sow(plants, PLANT_S, folder)) or 0)
+    lines = run([act for act in ACTS if act.name in options.acts], 60 * options.minutes, "", folder)
+    found = [{"act": act, **asdict(line), "verdict": line.verdict} for act, line in lines]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": machine(), "minutes": options.minutes, "lines": found}, indent=1) + "\n")
+    broken = {line.id for _, line in lines if line.verdict == "BROKEN"}
+    sys.exit(f"broken: {', '.join(sorted(broken))}" if broken else 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 their ledger: what each of them sent, and the one thing that came of it."""
 
 import asyncio
+import base64
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ LOST_S = 30.0  # past its deadline: whoever was not answered by then never is
 REPEATED = 60  # requests that are sent again and again: each must always bring the same bytes
 OUTCOMES = {cause.code: cause.outcome for cause in CAUSES.values()} | {"model_not_found": "invalid"}
 WRONG = (b"{", b'{"prompt": ""}', b'{"prompt": "x", "steps": 3}', b'{"prompt": "x", "size": "1x1"}', b"[]", b"\xff")
+BOUNDARY = b"x91d2"
 UNCOUNTED = "too_many_connections"  # refused before it is known what is asked
 
 
@@ -106,9 +108,13 @@ class Crowd:
         many = self.rng.choice((1, 1, 1, 2, 4, 8))
         openai = {"prompt": picture["prompt"], "num_inference_steps": picture["steps"], "n": many, "stream": many == 2}
         parameters = {"num_inference_steps": picture["steps"], "seed": picture["seed"]}
+        over = {"steps": 4, "seed": picture["seed"], "timeout": timeout}
         choices = (
             ("/generate", _json(**picture, timeout=timeout)),
             ("/generate", _json(**picture, timeout=timeout, n=many, output_format=self.rng.choice(("jpeg", "webp")))),
+            ("/generate", _json(**picture, timeout=timeout, n=many, stream=True)),
+            ("/generate", _json(**over, prompt=picture["prompt"], image=base64.b64encode(IMAGE).decode(), n=1)),
+            ("/generate", _form(**over, prompt=picture["prompt"], image=IMAGE)),
             ("/v1/images/generations", _json(**openai)),
             ("/sdapi/v1/txt2img", _json(**picture, batch_size=many)),
             ("/", _json(inputs=picture["prompt"], parameters=parameters)),
@@ -198,14 +204,39 @@ def balance(attempts: list[Attempt], before: dict[str, float], after: dict[str, 
     return Books(ours, theirs, received, difference)
 
 
+def _png() -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+IMAGE = _png()  # which some draw over
+
+
+def _form(**fields: object) -> bytes:
+    parts = []
+    for name, value in fields.items():
+        content = value if isinstance(value, bytes) else str(value).encode()
+        file = b'; filename="x.png"' if isinstance(value, bytes) else b""
+        parts.append(
+            b'--%b\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+            % (BOUNDARY, name.encode(), file, content)
+        )
+    return b"".join(parts) + b"--%b--\r\n" % BOUNDARY
+
+
 def _json(**fields: object) -> bytes:
     return json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
 
 
 async def _send(writer: asyncio.StreamWriter, path: str, body: bytes, is_slow: bool) -> None:
     accept = "*/*" if b'"n":' in body else "image/*"
+    content_type = "application/json"
+    if body.startswith(b"--"):
+        content_type = f"multipart/form-data; boundary={BOUNDARY.decode()}"
     head = f"POST {path} HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\naccept: {accept}\r\n"
-    request = f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    request = f"{head}content-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
     parts = [request[:40], request[40:-5], request[-5:]] if is_slow else [request]
     for number, part in enumerate(parts):
         if number:

@@ -112,27 +112,29 @@ async def slow_readers(rig: Rig, crowd: Crowd, rate: float) -> bool:
 
 MILD: tuple[Fault, ...] = (full_disk, idle, slow_readers)
 HARD: tuple[Fault, ...] = (kill, pause, hang, pause_http, burst, *MILD)
+OF_ONE: tuple[Fault, ...] = (kill, pause, hang)
 
 
 async def inject(
     rig: Rig, crowd: Crowd, rate: float, faults: Sequence[Fault], every: float, until: float, windows: list[Window]
 ) -> None:
     """One fault after another, each kind in turn, `every` so many seconds or when the last one is over."""
-    rng = random.Random(0)
+    rng, turn = random.Random(0), faults
     while True:
-        for fault in rng.sample(faults, len(faults)):
+        for fault in turn:
             await asyncio.sleep(rng.uniform(0.5, 1.5) * every)
             begin = time.monotonic()
             if begin + AGAIN_S / 3 > until:
                 return
             is_down = await fault(rig, crowd, rate)
             windows.append(Window(fault.__name__, begin, time.monotonic(), is_down))
+        turn = rng.sample(faults, len(faults))
 
 
 async def _again(rig: Rig) -> bool:
-    """Wait until it serves again, for three looks in a row: what comes first may be the look before the fault."""
+    """Wait until all of it serves, for three looks in a row: what comes first may be the look before the fault."""
     await asyncio.sleep(1.5)
-    await until(lambda: {look.ready for look in rig.looks[-3:]} == {200}, AGAIN_S)
+    await until(lambda: {look.engines for look in rig.looks[-3:]} == {rig.engines}, AGAIN_S)
     return True
 
 

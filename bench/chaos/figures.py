@@ -28,9 +28,11 @@ class Line:
     is_share: bool = False
 
     @property
-    def holds(self) -> bool:
-        """Whether the aim was reached. What could not be measured holds nothing."""
-        return self.figure >= self.aim if self.is_share else self.figure <= self.aim
+    def verdict(self) -> str:
+        """Whether the aim was reached; what did not happen in a short run was not measured."""
+        if math.isnan(self.figure):
+            return "not measured"
+        return "holds" if (self.figure >= self.aim if self.is_share else self.figure <= self.aim) else "BROKEN"
 
 
 def of_requests(crowd: Crowd, books: Books, windows: Sequence[Window]) -> list[Line]:
@@ -42,32 +44,34 @@ def of_requests(crowd: Crowd, books: Books, windows: Sequence[Window]) -> list[L
     refused = [each for each in answered if each.outcome == "refused"]
     calm = [each for each in attempts if each.kind in ("draw", "slow") and not _meets(each, windows)]
     served = sum(each.outcome == "ok" for each in calm)
-    slowest = percentile([1e3 * (each.end - each.begin) for each in refused], 99) if refused else 0.0
+    slowest = percentile([1e3 * (each.end - each.begin) for each in refused], 99)
     return [
         Line("C1 ledger", "the clients' ledger and the server's differ by", books.difference, 0, "requests"),
         Line("C1 answered", "requests without any answer", books.ours["none"], 0, "requests"),
         Line("C1 late", f"answers later than the deadline and {GRACE_S:g} s", len(late), 0, "requests"),
-        Line("C1 available", "of requests outside faults are served", served / max(1, len(calm)), 1, "", True),
+        Line(
+            "C1 available", "of requests outside faults are served", round(served / max(1, len(calm)), 4), 1, "", True
+        ),
         Line("R1", "a refusal takes, p99", round(slowest, 1), 250, "ms"),
         Line("R1 told", "refusals without Retry-After", sum(not each.told for each in refused), 0, "requests"),
-        Line("R4", "a 504 comes after its deadline, at the latest", round(max(expired, default=0), 3), 0.5, "s"),
+        Line("R4", "a 504 comes after its deadline, at the latest", round(max(expired, default=math.nan), 3), 0.5, "s"),
         Line("R10", "black or blank pictures", crowd.blank, 0, "pictures"),
         Line("R11", "the same request brought other bytes", crowd.changed, 0, "pictures"),
     ]
 
 
-def of_health(looks: Sequence[Look], windows: Sequence[Window]) -> list[Line]:
-    """What the health checks said while engines died."""
+def of_health(looks: Sequence[Look], windows: Sequence[Window], engines: int) -> list[Line]:
+    """What the health checks said while one of the engines died."""
     deaths = [window for window in windows if window.fault in ("kill", "hang")]
     stopped = [window for window in windows if window.fault == "pause_http"]
     mute = [look for look in looks if look.live != 200 and not any(_within(look.at, window) for window in stopped)]
     kills = [window for window in deaths if window.fault == "kill"]
-    seen = [_first(looks, window, lambda look: look.ready != 200) for window in kills]
+    seen = [_first(looks, window, lambda look: look.engines < engines) for window in kills]
     again = [window.end - window.begin for window in deaths]
     return [
         Line("R5 live", "/live does not say 200", len(mute), 0, "looks"),
-        Line("R5 seen", "/ready tells of a killed engine within", round(max(seen, default=0), 2), SEEN_S, "s"),
-        Line("R5 again", "after a death it serves again within", round(max(again, default=0), 1), 90, "s"),
+        Line("R5 seen", "/ready tells of a killed engine within", round(max(seen, default=math.nan), 2), SEEN_S, "s"),
+        Line("R5 again", "after a death it serves again within", round(max(again, default=math.nan), 1), 90, "s"),
     ]
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -27,11 +28,11 @@ WATCH_S = 0.1
 
 @dataclass(frozen=True)
 class Look:
-    """Both health checks at one moment. status 0: no answer."""
+    """Both health checks at one moment. live: its status, 0 without an answer. engines: that serve, by /ready."""
 
     at: float
     live: int
-    ready: int
+    engines: int
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Size:
 
 
 class Rig:
-    """One server. is_file: its log is a file whose disk can become full; else a pipe whose reader can stop or leave."""
+    """One server. is_file: its log is a file whose disk can become full; else a pipe whose reader can stop or leave.
+    plant: see bench.chaos.inside."""
 
-    def __init__(self, folder: Path, is_file: bool, plant: str | None, **settings: str) -> None:
+    def __init__(self, folder: Path, engines: int, is_file: bool, plant: str) -> None:
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self.port: int = probe.getsockname()[1]
-        self.folder, self.is_file = folder, is_file
+        self.folder, self.engines, self.is_file = folder, engines, is_file
         self.looks: list[Look] = []
         self.sizes: list[Size] = []
         self.rests: list[tuple[float, float]] = []  # moments without anything in flight
@@ -61,7 +63,9 @@ class Rig:
         self.reads.set()
         inside = environment(folder, plant)
         path = os.pathsep.join((inside.pop("PYTHONPATH"), str(ROOT), os.environ.get("PYTHONPATH", "")))
-        ours = {"HOST": HOST, "PORT": str(self.port), "MODEL": "embedded", "PYTHONPATH": path, **inside, **settings}
+        ours = {"HOST": HOST, "PORT": str(self.port), "MODEL": "embedded", "PYTHONPATH": path, **inside}
+        if engines > 1:
+            ours["ENGINES"] = str(engines)
         self.log = (folder / "log").open("wb")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "app.cli", "serve"],
@@ -78,9 +82,10 @@ class Rig:
         begin, live = time.monotonic(), 0.0
         async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
             while time.monotonic() < begin + START_S and self.process.poll() is None:
-                if not live and await _status(client, "/live") == 200:
+                if not live and (await _get(client, "/live"))[0] == 200:
                     live = round(time.monotonic() - begin, 1)
-                if await _status(client, "/ready") == 200 and (await client.get("/ready")).json()["compiled"]:
+                _, told = await _get(client, "/ready")
+                if told.get("compiled") and told["engines"] == self.engines:
                     return live
                 await asyncio.sleep(WATCH_S)
         raise RuntimeError(f"the server is not ready; its log is in {self.folder}")
@@ -117,8 +122,8 @@ class Rig:
         async with httpx.AsyncClient(base_url=self.url, timeout=2) as client:
             while True:
                 begin = time.monotonic()
-                live, ready = [await _status(client, path) for path in ("/live", "/ready")]
-                self.looks.append(Look(begin, live, ready))
+                (live, _), (_, told) = [await _get(client, path) for path in ("/live", "/ready")]
+                self.looks.append(Look(begin, live, told.get("engines", 0)))
                 if begin - measured >= 1:
                     measured = begin
                     self._measure(begin)
@@ -192,8 +197,9 @@ async def until(condition: Callable[[], bool], seconds: float) -> bool:
     return holds
 
 
-async def _status(client: httpx.AsyncClient, path: str) -> int:
+async def _get(client: httpx.AsyncClient, path: str) -> tuple[int, dict[str, Any]]:
     try:
-        return (await client.get(path)).status_code
+        response = await client.get(path)
+        return response.status_code, response.json()
     except httpx.TransportError:
-        return 0
+        return 0, {}
