@@ -14,6 +14,7 @@ ROLES = {
     **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight"), "up"),
     ".alpha": "alpha",
 }
+SAME_BASE = (True, False, "gaussian", "eva")  # PEFT's ways to begin; by its others a LoRA is for a base that it changed
 # Stability AI's names, in which kohya trains: what is outside the blocks, and the parts of a residual block.
 OUTSIDE = {
     "conv_in": "input_blocks.0.0",
@@ -59,13 +60,17 @@ def fuse(
         if keys.keys() != ({"down", "up", "alpha"} if wants_alpha else {"down", "up"}):
             raise BadWeights(f"{file}: {next(iter(keys.values()))} lacks one of up, down and alpha beside it")
         weight, up, down = base[f"{module}.weight"], lora[keys["up"]].float(), lora[keys["down"]].float()
-        rank = len(down)
-        if up.shape != (len(weight), rank, *(1 for _ in weight.shape[2:])) or down.shape[1:] != weight.shape[1:]:
+        rank = len(down) if down.ndim else 0
+        if (
+            not rank
+            or up.shape != (len(weight), rank, *(1 for _ in weight.shape[2:]))
+            or down.shape[1:] != weight.shape[1:]
+        ):
             raise BadWeights(f"{file}: {keys['down']} and its up do not fit this UNet")
         if "alpha" in keys and lora[keys["alpha"]].numel() != 1:
             raise BadWeights(f"{file}: {keys['alpha']} is not one number")
         alpha = lora[keys["alpha"]].item() if "alpha" in keys else rank if told is None else told
-        fused = (weight.float() + alpha / max(rank, 1) * (up.flatten(1) @ down.flatten(1)).view_as(weight)).to(dtype)
+        fused = (weight.float() + alpha / rank * (up.flatten(1) @ down.flatten(1)).view_as(weight)).to(dtype)
         if not is_finite(fused):
             raise BadWeights(f"{file}: with {keys['down']} the sum is more than {dtype} holds")
         base[f"{module}.weight"] = fused
@@ -76,6 +81,8 @@ def _told_alpha(metadata: str, file: str) -> float | None:
     try:
         told = {key.removeprefix("unet."): value for key, value in json.loads(metadata).items()}
         other = [key for key in ("alpha_pattern", "use_rslora", "use_dora", "lora_bias") if told.get(key)]
+        if told.get("init_lora_weights") not in (*SAME_BASE, None):
+            other.append("init_lora_weights")
         alpha = None if told.get("lora_alpha") is None else float(told["lora_alpha"])
     except (ValueError, TypeError, AttributeError) as error:
         raise BadWeights(f"{file}: its lora_adapter_metadata cannot be read") from error

@@ -134,10 +134,14 @@ def _filled(
     state = store.read(part, place, dtype)
     with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
         module = make()
-    state.pop(weights.POSITION_IDS, None)
+    if (ids := state.pop(weights.POSITION_IDS, None)) is not None and ids.flatten().tolist() != [*range(ids.numel())]:
+        raise weights.BadWeights(f"{part}: {weights.POSITION_IDS} are not 0, 1, 2 and so on")
     if not any(key.startswith("text_model.") for key in module.state_dict()):
         # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
-        state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+        renamed = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+        if len(renamed) < len(state):
+            raise weights.BadWeights(f"{part}: it has a tensor twice, with the prefix text_model and without")
+        state = renamed
     weights.check_fit(module.state_dict(), state, part)
     module.load_state_dict(state, strict=True, assign=True)
     module = module.to(place, dtype).eval().requires_grad_(False)

@@ -285,8 +285,10 @@ def test_signals_to_the_whole_group_twice_as_make_sends_them_still_drain(start_s
     assert eventually(lambda: has_ended(engine))
 
 
-def test_a_later_second_sigint_ends_at_once(start_server):
-    server = start_server().wait_until_ready()
+def test_a_hangup_under_nohup_is_nothing_and_a_later_second_sigint_ends_at_once(start_server):
+    server = start_server(first="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)").wait_until_ready()
+    server.process.send_signal(signal.SIGHUP)
+    assert server.generate().status_code == 200
     with ThreadPoolExecutor(1) as pool, server.stopped_engine():  # so that the drain would not end by itself
         stuck = burst(pool, server, 1)[0]
         assert eventually(lambda: server.in_engine() == 1, 10)
