@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubComm
 from app import logs, uploads
 from app.engine.process import QUIET
 from app.errors import Problem
+from app.images import MEDIA_TYPES
 from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
 from app.settings import PREFIX, EngineSettings, Settings, Variables
@@ -69,8 +70,7 @@ class Generate(EngineSettings):
         """Draw and save."""
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-        from app.offline import draw  # torch is imported here, and only for this command
-
+        kind = self._kind()
         order = Order(
             owner="",
             prompt=self.prompt,
@@ -85,7 +85,18 @@ class Generate(EngineSettings):
             mask=_read(self.mask, uploads.stencil, "mask"),
             strength=self.strength,
         )
-        print(f"{self.output} (seed {draw(self, order, self.output)})")
+        from app.offline import draw  # torch is imported here, and only for this command
+
+        print(f"{self.output} (seed {draw(self, order, self.output, kind)})")
+
+    def _kind(self) -> str:
+        """The format of the output. Exits with a sentence where it cannot be written."""
+        kind = self.output.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
+        if kind not in MEDIA_TYPES:
+            sys.exit(f"{self.output}: the name must end in .png, .jpeg or .webp")
+        if self.output.is_dir() or not os.access(self.output if self.output.exists() else self.output.parent, os.W_OK):
+            sys.exit(f"{self.output} cannot be written: its folder must be there, and writable")
+        return kind
 
 
 def _read(path: Path | None, decode: Callable[[Image.Image], uploads.Bitmap], name: str) -> uploads.Bitmap | None:
@@ -106,7 +117,7 @@ class Models(EngineSettings):
 
     def cli_cmd(self) -> None:
         """Do it; exits with 1 if anything is missing or wrong."""
-        from app.offline import list_variants, weight_files
+        from app.files import list_variants, weight_files
 
         family = self.families[self.model or "embedded"]
         names = self.names or list(family.variants)

@@ -1,9 +1,7 @@
-"""The commands that need the model but no server."""
+"""`generate`: a picture without a server."""
 
 import math
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,23 +9,17 @@ import msgspec
 from app.engine.load import CANNOT_OPEN, open_model
 from app.engine.work import look
 from app.errors import Problem
-from app.images import MEDIA_TYPES, encode
+from app.images import encode
 from app.order import Limits, Order, resolve
 from app.settings import EngineSettings
 from app.uploads import keep
-from models.catalog import Family, one_of
-from models.weights import BadWeights, MissingWeights, WeightStore
 
 LIMITS = Limits(timeout_s=math.inf, max_timeout_s=math.inf, max_pixels=1 << 60)  # whoever calls this has the machine
 
 
-def draw(settings: EngineSettings, order: Order, output: Path) -> int:
-    """The picture of an order into `output`; returns its seed. Exits with a sentence where that is impossible."""
-    kind = output.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
-    if kind not in MEDIA_TYPES:
-        sys.exit(f"{output}: the name must end in .png, .jpeg or .webp")
-    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
-        sys.exit(f"{output} cannot be written: its folder must be there, and writable")
+def draw(settings: EngineSettings, order: Order, output: Path, kind: str) -> int:
+    """The picture of an order into `output`, of this kind; returns its seed. Exits with a sentence where that is
+    impossible."""
     try:
         model = open_model(msgspec.structs.replace(settings.engine_config(), preload=[]), workers=1)
         (job,) = resolve(order, model.family, LIMITS, now=0.0)
@@ -55,29 +47,3 @@ def draw(settings: EngineSettings, order: Order, output: Path) -> int:
     except OSError as error:
         sys.exit(f"{output} cannot be written: {error.strerror}")
     return job.seed
-
-
-def list_variants(settings: EngineSettings, family: Family) -> None:
-    """Print every variant, its steps, and whether its file is here."""
-    here = WeightStore(family, settings.model_dir).variants_here()
-    for variant in family.variants.values():
-        where = "here" if variant.name in here else "not here"
-        print(f"{variant.name}  {one_of(variant.steps)} steps  {where}  {variant.file or 'its own UNet'}")
-
-
-def weight_files(settings: EngineSettings, family: Family, names: list[str], fetch: bool) -> bool:
-    """Fetch (where asked) and verify the base and the named variants; prints a line each. False if any is not right."""
-    store = WeightStore(family, settings.model_dir)
-    right = True
-    for name in (*family.components, *names):
-        right &= _report(name, lambda: store.verify(name, download=fetch))  # noqa: B023
-    return right
-
-
-def _report(name: str, check: Callable[[], str]) -> bool:
-    try:
-        print(f"{name}: {check()}")
-    except (MissingWeights, BadWeights, OSError) as error:
-        print(f"{name}: {error}")
-        return False
-    return True

@@ -34,7 +34,7 @@ def advance(
 class Pipeline:
     """Everything of a family but the UNet's weights, which the registry owns.
 
-    text, decoder: replaced in place where there is something faster than the modules. steps: the same for UNets.
+    text, encoder, decoder: replaced in place where there is something faster than the modules. steps: for UNets.
     """
 
     def __init__(self, store: WeightStore, device: Device, dtype: torch.dtype) -> None:
@@ -43,7 +43,7 @@ class Pipeline:
         self.prompts = Prompts(store, lambda *ids: self.text(*map(device.put, ids)))
         self.vae = load_decoder(store, device.name, dtype)
         self.decoder: Callable[[Tensor], tuple[Tensor, Tensor]] = self.vae
-        self.encoder = Encoder(self.vae.vae, self.vae.scaling_factor, dtype)
+        self.encoder: Callable[[Tensor], tuple[Tensor, Tensor]] = Encoder(self.vae.vae, self.vae.scaling_factor, dtype)
         self.steps: dict[UNetFunction, Step] = {}
         config = store.config("vae")
         self.latent_channels: int = config["latent_channels"]
@@ -139,7 +139,7 @@ class Pipeline:
         pixels = self.device.put(picture)[None]
         mean, std = self.encoder(pixels)
         if self.dtype is torch.float16 and not (mean.isfinite() & std.isfinite()).all():
-            mean, std = self.encoder.in_float32()(pixels)
+            mean, std = Encoder(self.vae.vae, self.vae.scaling_factor, self.dtype).in_float32()(pixels)
         if mask is None:
             return Original(mean[0], std[0])
         seen = (mask[None, :: self.vae_scale, :: self.vae_scale] > 127).float()  # diffusers binarizes at a half

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor
 
 PREFIXES = {
@@ -39,6 +38,8 @@ def refusal(header: Mapping[str, Any], parts: Iterable[str]) -> str | None:
 def convert(part: str, state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """A part's tensors by diffusers' names. state: those under its prefix, by their names in the file. config: of the
     part. Raises ValueError or KeyError where diffusers cannot convert them, or leaves any of the UNet's."""
+    from diffusers.loaders import single_file_utils as theirs  # two seconds, which only this takes
+
     found: dict[str, Tensor]
     if part == "unet":
         found = theirs.convert_ldm_unet_checkpoint(state, config)

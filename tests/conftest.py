@@ -128,6 +128,10 @@ class ServerProcess:
         """The server's log, line by line; what libraries print is left out."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
+    def wait_for_batches(self) -> None:
+        """On a CPU calls of several rows come beside the service."""
+        assert eventually(lambda: 'sdxl_step_cost_seconds{batch="4",device="0"}' in self.metrics(), 120)
+
     def stop(self) -> int:
         """Ask it to leave, and return its exit code."""
         if self.process.poll() is None:

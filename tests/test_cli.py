@@ -1,9 +1,11 @@
 """The command line, as a person types it."""
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from app.cli import main
 from tests.conftest import ROOT
 from tests.models import oracle
 
@@ -20,6 +23,22 @@ from tests.models import oracle
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.cli", *arguments]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=ROOT)
+
+
+def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has torch imported already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sdxl-lightning", *arguments])
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            if isinstance(ended.code, str):
+                print(ended.code, file=err)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def test_generate_draws_a_prompt_into_a_file(tmp_path):
@@ -34,7 +53,7 @@ def test_generate_draws_over_a_picture_where_its_mask_is_white(tmp_path):
     Image.fromarray(oracle.IMAGE.numpy()).save(image)
     Image.fromarray(oracle.MASK.numpy()).save(mask)
     over = ("--image", str(image), "--mask", str(mask), "--output", str(output), "--seed", "3")
-    done = run("generate", "a red apple", "--strength", "0.8", *over)
+    done = call("generate", "a red apple", "--strength", "0.8", *over)
     assert done.returncode == 0, done.stderr
     with Image.open(output) as picture:
         differs = (torch.from_numpy(np.asarray(picture).copy()) != oracle.IMAGE).any(dim=2)
@@ -52,13 +71,13 @@ def test_generate_draws_over_a_picture_where_its_mask_is_white(tmp_path):
     ],
 )
 def test_generate_says_what_is_wrong_with_a_picture(flags, said):
-    refused = run("generate", "x", *flags)
+    refused = call("generate", "x", *flags)
     assert (refused.returncode, said in refused.stderr, "Traceback" in refused.stderr) == (1, True, False)
 
 
 def test_generate_says_what_is_wrong(tmp_path):
-    assert "must end in" in run("generate", "x", "--output", str(tmp_path / "x.gif")).stderr
-    assert "8step-lora" in run("generate", "x", "--variant", "3step-unet").stderr
+    assert "must end in" in call("generate", "x", "--output", str(tmp_path / "x.gif")).stderr
+    assert "8step-lora" in call("generate", "x", "--variant", "3step-unet").stderr
 
 
 def test_generate_judges_its_output_before_it_draws(tmp_path):
@@ -87,7 +106,7 @@ def test_an_undefined_picture_is_never_written(embedded_copy, tmp_path):
     path = embedded_copy / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({key: value * 0 for key, value in load_file(path).items()}, path)
     output = tmp_path / "x.png"
-    refused = run("generate", "x", "--output", str(output), MODEL_DIR=str(embedded_copy))
+    refused = call("generate", "x", "--output", str(output), MODEL_DIR=str(embedded_copy))
     assert (refused.returncode, output.exists()) == (1, False)
     assert "no picture was written" in refused.stderr
 
@@ -124,8 +143,8 @@ def test_a_uid_without_a_name_or_a_home_gets_a_temporary_cache():
 
 
 def test_models_are_listed_and_verified():
-    assert run("models", "list").stdout.count("here") == 7
-    verified = run("models", "verify")
+    assert call("models", "list").stdout.count("here") == 7
+    verified = call("models", "verify")
     assert (verified.returncode, verified.stdout.count(": right")) == (0, 13)
 
 
@@ -140,7 +159,7 @@ def test_models_verify_looks_at_the_whole_of_every_file(embedded_copy):
         path = embedded_copy / name
         path.write_bytes(damage(path.read_bytes()))
     (embedded_copy / "tokenizer_2" / "merges.txt").unlink()
-    verified = run("models", "verify", MODEL_DIR=str(embedded_copy))
+    verified = call("models", "verify", MODEL_DIR=str(embedded_copy))
     lines = dict(line.split(": ", 1) for line in verified.stdout.splitlines())
     wrong = {"vae", "text_encoder", "unet", "4step-unet", "4step-lora", "tokenizer_2"}
     assert (verified.returncode, {name for name, said in lines.items() if said != "right"}) == (1, wrong)
@@ -158,7 +177,7 @@ def test_generate_never_writes_an_invalid_picture(embedded_copy, tmp_path, file,
     for tensor in (tensor for name, tensor in state.items() if name.startswith(tensors)):
         tensor[:] = number
     save_file(state, embedded_copy / file)
-    done = run("generate", "a red apple", "--output", str(tmp_path / "x.png"), MODEL_DIR=str(embedded_copy))
+    done = call("generate", "a red apple", "--output", str(tmp_path / "x.png"), MODEL_DIR=str(embedded_copy))
     assert (done.returncode, said in done.stderr, (tmp_path / "x.png").exists()) == (1, True, False)
     assert "Traceback" not in done.stderr
 

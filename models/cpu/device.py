@@ -52,6 +52,7 @@ class Cpu(Device):
         length = text[0]["max_position_embeddings"]
         weights = [store.read(part) for part in ("vae", "text_encoder", "text_encoder_2")]
         decode = make(partial(networks.decoder, weights[0], vae, dtype, side), gains=False)
+        look = make(partial(networks.encoder, weights[0], vae, dtype, store.family.size.default), gains=False)
         first = make(lambda batch: networks.text_encoder(weights[1], text[0], dtype, batch, pooled=False))
         second = make(lambda batch: networks.text_encoder(weights[2], text[1], dtype, batch, pooled=True))
         end_id = text[1]["eos_token_id"]
@@ -66,13 +67,17 @@ class Cpu(Device):
             pixels, valid = decode(latents)
             return pixels, valid != 0
 
+        def moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
+            mean, std = look(pictures)
+            return mean, std
+
         def bind(weight_set: WeightSet) -> UNetFunction:
             def graph(chunks: int) -> Graph:
                 return make(partial(networks.unet, weight_set, unet, dtype, side, chunks * length))
 
             return _unet(graph, length, unet)
 
-        pipeline.text, pipeline.decoder = encode, picture
+        pipeline.text, pipeline.encoder, pipeline.decoder = encode, moments, picture
         registry.use_compiled(bind)
         self.first_call_is_typical = False  # it compiles
         return {}

@@ -69,11 +69,12 @@ class Layers:
         out = op.matmul(x, self.weight(f"{name}.weight"), False, True)
         return op.add(out, self.weight(f"{name}.bias")) if f"{name}.bias" in self.weights else out
 
-    def conv(self, x: Node, name: str, stride: int = 1) -> Node:
-        """A 1 x 1 or 3 x 3 convolution that keeps the size, or halves it."""
+    def conv(self, x: Node, name: str, stride: int = 1, before: int | None = None) -> Node:
+        """A 1 x 1 or 3 x 3 convolution that keeps the size, or halves it. before: rows and columns of padding above and
+        to the left, where there are not as many as below and to the right."""
         weight = self.weight(f"{name}.weight")
         pad = [_shape(weight)[-1] // 2] * 2
-        out = op.convolution(x, weight, [stride, stride], pad, pad, [1, 1])
+        out = op.convolution(x, weight, [stride, stride], pad if before is None else [before] * 2, pad, [1, 1])
         return op.add(out, self.weight(f"{name}.bias", 1, -1, 1, 1))
 
     def upsample(self, x: Node, name: str) -> Node:

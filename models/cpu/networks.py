@@ -1,4 +1,4 @@
-"""SDXL's UNet, text encoders and decoder as OpenVINO graphs of one batch size, from their configurations."""
+"""SDXL's UNet, text encoders and VAE as OpenVINO graphs of one batch size, from their configurations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ UNET = {
     "num_attention_heads": None,
     "time_embedding_type": "positional",
 }
-DECODER = {"act_fn": "silu", "mid_block_add_attention": True, "use_post_quant_conv": True}
+VAE = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
 LARGEST = 3.4e38  # a norm above this is no float32
 ACTIVATIONS = ("gelu", "quick_gelu")
 
@@ -40,7 +40,7 @@ def can_be_built(unet: Config, vae: Config, text: Sequence[Config]) -> bool:
     return (
         all(unet.get(key) == value for key, value in UNET.items())
         and {*unet["down_block_types"], *unet["up_block_types"]} <= blocks
-        and all(vae.get(key, value) == value for key, value in DECODER.items())
+        and all(vae.get(key, value) == value for key, value in VAE.items())
         and not vae.get("latents_mean")
         and all(each.get("hidden_act", "quick_gelu") in ACTIVATIONS for each in text)
     )
@@ -96,11 +96,7 @@ def decoder(weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype, s
     latents = layers.input(config["latent_channels"], side, side, dtype=torch.float32)
     scaled = op.divide(latents, op.constant(np.float32(config["scaling_factor"])))
     x = layers.conv(layers.conv(layers.narrow(scaled), "post_quant_conv"), "decoder.conv_in")
-    x = layers.resnet(x, "decoder.mid_block.resnets.0", groups, VAE_EPS)
-    name = "decoder.mid_block.attentions.0"
-    normed = layers.tokens(layers.group_norm(x, f"{name}.group_norm", groups, VAE_EPS))
-    x = op.add(x, layers.image(layers.attend(normed, normed, name, heads=1), x))
-    x = layers.resnet(x, "decoder.mid_block.resnets.1", groups, VAE_EPS)
+    x = _middle(layers, x, "decoder.mid_block", groups)
     for level in range(len(config["block_out_channels"])):
         for index in range(config["layers_per_block"] + 1):
             x = layers.resnet(x, f"decoder.up_blocks.{level}.resnets.{index}", groups, VAE_EPS)
@@ -113,6 +109,29 @@ def decoder(weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype, s
     bytes_ = op.convert(op.round(op.multiply(pixels, _float(255.0)), "half_to_even"), "u8")
     pictures = op.transpose(bytes_, np.array([0, 2, 3, 1]))
     return ov.Model([pictures, _valid(raw, pixels)], [latents], "decoder")
+
+
+def encoder(weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype, side: int, batch: int) -> Node:
+    """Input: pictures (B, side, side, 3) uint8. Outputs as models.modules.Encoder's: mean and standard deviation."""
+    layers = Layers(weights, dtype, batch)
+    groups = config["norm_num_groups"]
+    pictures = layers.input(side, side, 3, dtype=torch.uint8)
+    parts = op.divide(op.convert(op.transpose(pictures, np.array([0, 3, 1, 2])), "f32"), _float(255.0))
+    raw = op.subtract(op.multiply(parts, _float(2.0)), _float(1.0))
+    x = layers.conv(layers.narrow(raw), "encoder.conv_in")
+    for level in range(len(config["block_out_channels"])):
+        name = f"encoder.down_blocks.{level}"
+        for index in range(config["layers_per_block"]):
+            x = layers.resnet(x, f"{name}.resnets.{index}", groups, VAE_EPS)
+        if f"{name}.downsamplers.0.conv.weight" in weights:
+            x = layers.conv(x, f"{name}.downsamplers.0.conv", stride=2, before=0)
+    x = _middle(layers, x, "encoder.mid_block", groups)
+    x = layers.silu(layers.group_norm(x, "encoder.conv_norm_out", groups, VAE_EPS))
+    x = layers.wide(layers.conv(layers.conv(x, "encoder.conv_out"), "quant_conv"))
+    mean, log_variance = op.split(x, _int(1), 2).outputs()
+    std = op.exp(op.divide(op.clamp(log_variance, -30.0, 20.0), _float(2.0)))  # diffusers' bounds
+    factor = _float(config["scaling_factor"])
+    return ov.Model([op.multiply(mean, factor), op.multiply(std, factor)], [pictures], "encoder")
 
 
 def text_encoder(weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype, batch: int, pooled: bool) -> Node:
@@ -141,6 +160,15 @@ def text_encoder(weights: Mapping[str, Tensor], config: Config, dtype: torch.dty
     last = op.gather(layers.layer_norm(x, "final_layer_norm", eps), end, _int(1), batch_dims=1)
     projected = op.reshape(layers.linear(last, "text_projection"), np.array([batch, -1]), False)
     return ov.Model([states[-2], projected], [ids, end], "text_encoder_2")
+
+
+def _middle(layers: Layers, x: Node, name: str, groups: int) -> Node:
+    """The VAE's middle block: attention of one head between two residual blocks."""
+    attention = f"{name}.attentions.0"
+    x = layers.resnet(x, f"{name}.resnets.0", groups, VAE_EPS)
+    normed = layers.tokens(layers.group_norm(x, f"{attention}.group_norm", groups, VAE_EPS))
+    x = op.add(x, layers.image(layers.attend(normed, normed, attention, heads=1), x))
+    return layers.resnet(x, f"{name}.resnets.1", groups, VAE_EPS)
 
 
 def _transformer(layers: Layers, x: Node, text: Node, name: str, groups: int, heads: int, depth: int) -> Node:

@@ -30,8 +30,8 @@ def opened(b64_json: str) -> Image.Image:
 
 
 def assert_same(*pictures: str) -> None:
-    first, second = (np.asarray(opened(picture)).astype(int) for picture in pictures)
-    assert abs(first - second).max() <= 1
+    first, second = (np.asarray(opened(picture)) for picture in pictures)
+    assert np.array_equal(first, second)
 
 
 def post(server, **fields) -> httpx.Response:

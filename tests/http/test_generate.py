@@ -40,8 +40,7 @@ def test_a_served_picture_is_diffusers_picture(server, variant):
 
 def test_forty_clients_at_once_each_get_their_own_picture(server):
     """Mixed variants, prompts and seeds in flight together: image k belongs to request k, as if it were alone."""
-    larger = 'sdxl_step_cost_seconds{batch="4",device="0"}'  # comes beside the service
-    assert eventually(lambda: larger in server.metrics(), 120)
+    server.wait_for_batches()
     prompts = [f"a red apple on a {colour} background" for colour in ("blue", "green", "white", "black")]
     asked = [(VARIANTS[k % 7], prompts[k % 4], k % 5) for k in range(40)]
 

@@ -78,6 +78,7 @@ def test_steps_equal_the_modules_for_any_batch_and_weights(exact, eager, name, r
     conditioning = eager[0].prompts.encode([PROMPTS[row % 3] for row in range(rows)])
     ours, theirs = (step(model, name, conditioning, list(range(rows))) for model in (exact, eager))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(step(exact, name, conditioning, list(range(rows))), ours)  # by the other worker's graph
 
 
 def test_the_decoder_draws_what_the_module_draws_and_finds_what_is_undefined_or_flat(exact, eager):
@@ -93,6 +94,20 @@ def test_the_decoder_draws_what_the_module_draws_and_finds_what_is_undefined_or_
     assert plain(latents[:1])[1].tolist() == [False]
     flat = exact.device._graph(lambda batch: networks.decoder(weights, STORE.config("vae"), torch.float32, 16, batch))
     assert flat(latents[:1])[1].tolist() == [0.0]
+
+
+def test_the_encoder_sees_what_the_module_sees_and_always_the_same_bytes(exact, served, eager):
+    pictures = torch.randint(0, 256, (4, 128, 128, 3), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    for picture in pictures:
+        ours, theirs = exact.pipeline.look(picture), eager[0].look(picture)
+        torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.std, theirs.std, rtol=1e-4, atol=1e-4)
+    alone = [served.pipeline.look(picture) for picture in pictures]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(served.pipeline.look, pictures))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.std, other.std)
 
 
 def test_a_row_has_the_same_bytes_alone_in_any_batch_in_any_thread_and_from_the_first_second_on(served):
