@@ -17,8 +17,9 @@ from app.http import limits
 from app.http.keys import Guard, Ring, refusal
 from app.http.ledger import Ledger
 from app.http.origins import ANY, EXPOSED, Origins, names
+from app.lists import listed
 from app.metrics import Metrics
-from app.settings import Settings, listed
+from app.settings import Settings
 from app.traces import Tracing, make_tracer
 
 MIB = 2**20
