@@ -98,8 +98,9 @@ def test_a_prompt_is_taken_as_it_is_typed_and_an_upper_case_suffix_too(tmp_path)
 
 @pytest.mark.parametrize("prompt", ["", " \u200b", "\u2028\ufe0f", "caf\udce9", "a" * 2001])
 def test_a_prompt_that_no_server_would_take_is_a_sentence(prompt):
-    refused = run("generate", "--", prompt)
+    refused = call("generate", "--", prompt)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert refused.stderr.startswith("--prompt=")
 
 
 def test_an_undefined_picture_is_never_written(embedded_copy, tmp_path):
