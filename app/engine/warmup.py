@@ -59,13 +59,13 @@ def _step_and_decode(
     schedule = registry.schedule(name, registry.store.family.variants[name].steps[0])
     latents = pipeline.noise(0, pixels, pixels, schedule).repeat(batch, 1, 1, 1)
     rows = [pipeline.project(unet, pipeline.prompts.encode(["a warm-up"])[0])] * batch
-    stepped, pictures = list[Tensor](), list[Tensor]()
+    made = dict[str, Tensor]()
     row = ([schedule] * batch, latents, [0] * batch, rows)
-    step = _seconds(pipeline, lambda: stepped.append(pipeline.denoise(unet, *row)), repeats)
-    decode = _seconds(pipeline, lambda: pictures.append(pipeline.decode(list(latents))[0]), repeats)
-    if not stepped[-1].isfinite().all():
+    step = _seconds(pipeline, lambda: made.update(step=pipeline.denoise(unet, *row)), repeats)
+    decode = _seconds(pipeline, lambda: made.update(pictures=pipeline.decode(list(latents))[0]), repeats)
+    if not made["step"].isfinite().all():
         raise BadWeights(f"{name}: a first step is NaN or Inf")
-    if pictures[-1].min() == pictures[-1].max():
+    if made["pictures"].min() == made["pictures"].max():
         raise BadWeights("vae: a first picture has one colour everywhere")
     return step, decode
 
