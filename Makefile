@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve serve-ray test test-clients test-ray check format bench supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill style evaluate lock clean
+.PHONY: serve serve-ray test test-clients test-ray check format bench chaos supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill style evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
@@ -57,6 +57,10 @@ format: .venv/developed
 
 bench: .venv/developed
 	$(BIN)/python -m bench
+
+# Kills, stops, leavers, a lost log and memory, for MINUTES (30 if absent): every promise with its figure.
+chaos: .venv/developed
+	$(BIN)/python -m bench.chaos --minutes $(or $(MINUTES),30)
 
 # SDXL at full size with random weights on this CPU: 12.3 GB of disk, 16 GB of memory, a quarter of an hour.
 check-full-size: .venv/developed

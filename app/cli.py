@@ -194,11 +194,11 @@ def _sentence(error: ErrorDetails) -> str:
     """What is wrong with a setting: its variable or flag as it was given, the value, and what is possible."""
     field = str(error["loc"][-1])
     variables = (f"{PREFIX}{field}".upper(), field.upper())
-    name = next(
-        (each for each in variables if os.environ.get(each, "").lower() == str(error["input"]).lower()),
-        f"--{field.replace('_', '-')}",
-    )
-    return f"{name}={str(error['input'])[:200]!r}: {error['msg'].removeprefix('Value error, ')}"
+    given, flag = str(error["input"]), f"--{field.replace('_', '-')}"
+    if error["type"] == "missing":
+        return f"{flag}: it is required"
+    name = next((each for each in variables if given and os.environ.get(each, "").lower() == given.lower()), flag)
+    return f"{name}={given[:200]!r}: {error['msg'].removeprefix('Value error, ')}"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ FOREIGN_ORIGIN = Cause(
 )
 NOT_FOUND = Cause(404, "not_found", "invalid", "Not Found", "see GET /docs for what there is")
 UNKNOWN_MODEL = Cause(404, "unknown_model", "invalid", "No such model", "take a name from GET /v1/models")
+NOT_LOADED = Cause(
+    *(404, "not_loaded", "invalid", "Not loaded here", "take a name that is resident in GET /v1/models"),
+    field="variant",
+)
 METHOD_NOT_ALLOWED = Cause(405, "method_not_allowed", "invalid", "Method Not Allowed", "use a method that Allow names")
 NOT_ACCEPTABLE = Cause(406, "not_acceptable", "invalid", "No such representation", "accept JSON or image/*")
 TOO_SLOW = Cause(408, "too_slow", "invalid", "Request Timeout", "send the whole request at once")

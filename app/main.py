@@ -17,8 +17,9 @@ from app.http import limits
 from app.http.keys import Guard, Ring, refusal
 from app.http.ledger import Ledger
 from app.http.origins import ANY, EXPOSED, Origins, names
+from app.lists import listed
 from app.metrics import Metrics
-from app.settings import Settings, listed
+from app.settings import Settings
 from app.traces import Tracing, make_tracer
 from models.styles import Styles
 
@@ -47,6 +48,10 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # a redirected POST would lose the proxy's path, and its body with some clients
         generate_unique_id_function=_plain_name,
     )
+
+    def glance(timeout: float | None, who: str) -> None:
+        fleet.glance(settings.timeout_s if timeout is None else timeout, who)
+
     parts = Parts(fleet, settings, metrics, settings.families, Styles(settings.lora_dir))
     open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
     drawing = (generate.router, openai.router, models.router, loras.router, a1111.router, huggingface.router)
@@ -59,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_middleware(Guard, ring=ring, public=public, metrics=metrics)
     origins = listed(settings.allowed_origins)
     app.add_middleware(Origins, render=problems.respond, hosts=names(settings), origins=origins)
-    app.add_middleware(Ledger, metrics=metrics, render=problems.respond)
+    app.add_middleware(Ledger, metrics=metrics, render=problems.respond, glance=glance)
     if (tracer := make_tracer()) is not None:
         app.add_middleware(Tracing, tracer=tracer)
     if origins:

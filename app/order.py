@@ -1,6 +1,6 @@
 """An Order is what any API asks for; resolve() turns it into jobs for the engine, or refuses it by the field's name."""
 
-import hashlib
+import re
 import secrets
 import unicodedata
 from collections.abc import Mapping
@@ -21,13 +21,15 @@ MOST_NAMED = 50  # of the styles there are, in a refusal
 SEED_LIMIT = 2**32
 PROMPT_LIMIT = 2000  # characters; the text encoders take fewer
 UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's separators, controls and format characters
-BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks that are drawn as nothing
+IGNORED = re.compile(  # the rest of Unicode's Default_Ignorable_Code_Point; and Braille's and music's empty signs
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff"
+    "\u2800\U0001d159]"
+)
 
 
 def is_blank(prompt: str) -> bool:
     """Whether nothing of a prompt, as far as it is read, can be seen."""
-    read = prompt[:PROMPT_LIMIT]
-    return all(char in BLANK or "\ufe00" <= char <= "\ufe0f" or unicodedata.category(char) in UNSEEN for char in read)
+    return all(unicodedata.category(char) in UNSEEN for char in IGNORED.sub("", prompt[:PROMPT_LIMIT]))
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,6 @@ class Order:
         if self.image is None:
             return None
         return Source(self.image.pixels, self.mask.pixels if self.mask else b"")
-
-    @property
-    def fingerprint(self) -> str:
-        """The same when the same owner sends the same order again: how a promise of Retry-After is recognised."""
-        return hashlib.sha256(repr(self).encode(errors="surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from app import keys
 from app.engine.cores import usable_cores
 from app.engine.gpus import visible_gpus
 from app.engine.messages import EngineConfig
+from app.lists import check_aliases, check_matching, listed, pairs
 from models.catalog import BadCatalog, Family, families
 
 GIB = 2**30
@@ -23,15 +24,10 @@ PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
 log = logging.getLogger("app.settings")
 
 
-def listed(text: str | None) -> list[str]:
-    """What stands between commas."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
 class Variables(BaseSettings):
     """Settings from flags and variables."""
 
-    model_config = SettingsConfigDict(cli_kebab_case=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(cli_kebab_case=True, env_ignore_empty=True, allow_inf_nan=False)
 
     @classmethod
     def settings_customise_sources(
@@ -184,7 +180,9 @@ class Settings(EngineSettings):
     allowed_origins: str | None = Field(
         None, description="web pages of other origins that may use this server (CORS), with commas between, or *"
     )
-    root_path: str = Field("", description="the path under which a proxy shows this server, e.g. /sdxl")
+    root_path: str = Field(
+        "", pattern=r"^(/[\w.~-]+)*$", description="the path under which a proxy shows this server, e.g. /sdxl"
+    )
     queue_limit: int = Field(256, ge=1, le=100_000, description="pictures accepted and not finished; more get a 429")
     timeout_s: float = Field(30.0, gt=0, le=3600, description="a request's deadline where it names none, seconds")
     max_timeout_s: float = Field(300.0, gt=0, le=3600, description="the longest deadline a request may name, seconds")
@@ -207,6 +205,10 @@ class Settings(EngineSettings):
     send_timeout_s: float = Field(
         60.0, gt=0, le=3600, description="how long an answer may wait to be read by its client, seconds"
     )
+    start_timeout_s: float = Field(
+        600.0, gt=0, le=86400, description="an engine that is not ready after this is killed; to download takes longer"
+    )
+    load_on_demand: bool = Field(True, description="load, or fetch, the weights that a request names; else refuse it")
     devices: str | None = Field(
         None,
         description="GPUs with an engine each: numbers as nvidia-smi has them, or UUIDs (also MIG's), with commas "
@@ -227,6 +229,19 @@ class Settings(EngineSettings):
     def _has_keys(cls, value: Path | None) -> Path | None:
         if value is not None:
             keys.read(value)
+        return value
+
+    @field_validator("allowed_origins", "allowed_hosts")
+    @classmethod
+    def _could_match(cls, value: str | None, info: ValidationInfo) -> str | None:
+        check_matching(str(info.field_name), value)
+        return value
+
+    @field_validator("model_aliases")
+    @classmethod
+    def _mean_something(cls, value: str, info: ValidationInfo) -> str:
+        known = families(_texts(info.data.get("catalog"))).values()
+        check_aliases(value, {name for family in known for name in family.variants})
         return value
 
     @field_validator("host")
@@ -277,12 +292,13 @@ class Settings(EngineSettings):
     @cached_property
     def aliases(self) -> dict[str, str]:
         """What each of the model_aliases means."""
-        pairs = (pair.partition("=") for pair in self.model_aliases.split(",") if pair.strip())
-        return {name.strip(): variant.strip() or ANY_STEPS for name, _, variant in pairs}
+        return {name: variant or ANY_STEPS for name, variant in pairs(self.model_aliases).items()}
 
     def engine_config(self) -> EngineConfig:
-        """With the log's level."""
-        return msgspec.structs.replace(super().engine_config(), log_level=self.log_level)
+        """With what only a server has."""
+        return msgspec.structs.replace(
+            super().engine_config(), log_level=self.log_level, start_timeout=self.start_timeout_s
+        )
 
     @field_validator("max_bodies_mib")
     @classmethod

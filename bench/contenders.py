@@ -50,6 +50,12 @@ class Contender:
             start_new_session=True,
         )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+        assert self._process is not None
+        return self._process.pid
+
     def wait_ready(
         self, is_ready: Callable[[dict[str, Any]], bool] = lambda body: True, limit: float = START_S
     ) -> bool:
@@ -65,12 +71,6 @@ class Contender:
                 return True
             time.sleep(0.2)
         return False
-
-    @property
-    def pid(self) -> int:
-        """Of the server's first process."""
-        assert self._process is not None
-        return self._process.pid
 
     def ask(self) -> dict[str, Any] | None:
         """What it says of its readiness; None while it is not ready."""

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from operator import methodcaller
 
 import psutil
 
@@ -103,8 +104,11 @@ async def run(one: Contender, two: Contender, options: argparse.Namespace) -> No
         await death(two, max(options.seconds, 12.0))
     if "overload" in options.only:
         print("\ntwice the load over two engines, from clients that do as Retry-After says")
-        async with Client("127.0.0.1", two.port) as client:
-            await overload.run(client, max(options.seconds, 30.0))
+        seconds, clients = max(options.seconds, 30.0), overload.DRAWING
+        alone = await overload.measure(f"{clients} clients", two, seconds, 0.0, methodcaller("closed", clients))
+        rate = 2 * alone.goodput
+        twice = await overload.measure("2 x", two, seconds, alone.goodput, methodcaller("opened", rate))
+        print(overload.HEAD, overload.row(alone), overload.row(twice), sep="\n")
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ OTHERS = {
     "diffusion_model.": "a checkpoint, or a LoRA of another model",
     ".diff": "a difference of whole weights",
 }
+SAME_BASE = (True, False, "gaussian", "eva")  # PEFT's ways to begin; by its others a LoRA is for a base that it changed
 # Stability AI's names, in which kohya trains: what is outside the blocks, and the parts of a residual block.
 OUTSIDE = {
     "conv_in": "input_blocks.0.0",
@@ -96,13 +97,17 @@ def changes(lora: State, parts: Mapping[str, State], layers_per_block: int, file
             raise BadWeights(f"{file}: {next(iter(keys.values()))} lacks one of up, down and alpha beside it")
         name = f"{module}.weight"
         weight, up, down = parts[part][name], lora[keys["up"]], lora[keys["down"]]
-        rank = len(down)
-        if up.shape != (len(weight), rank, *(1 for _ in weight.shape[2:])) or down.shape[1:] != weight.shape[1:]:
+        rank = len(down) if down.ndim else 0
+        if (
+            not rank
+            or up.shape != (len(weight), rank, *(1 for _ in weight.shape[2:]))
+            or down.shape[1:] != weight.shape[1:]
+        ):
             raise BadWeights(f"{file}: {keys['down']} and its up do not fit this model")
         if "alpha" in keys and lora[keys["alpha"]].numel() != 1:
             raise BadWeights(f"{file}: {keys['alpha']} is not one number")
         alpha = lora[keys["alpha"]].item() if "alpha" in keys else _told_alpha(told, part, module, rank)
-        found.setdefault(part, {})[name] = Change(up.flatten(1), down.flatten(1), alpha / max(rank, 1))
+        found.setdefault(part, {})[name] = Change(up.flatten(1), down.flatten(1), alpha / rank)
     for key, ends in told.items():
         if not key.endswith("alpha_pattern"):
             continue
@@ -139,7 +144,8 @@ def _told(metadata: str, file: str) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError) as error:
         raise BadWeights(f"{file}: its lora_adapter_metadata cannot be read") from error
     for key, value in told.items():
-        if key.endswith(("use_rslora", "use_dora", "lora_bias")) and value:
+        is_other = key.endswith("init_lora_weights") and value not in (*SAME_BASE, None)
+        if is_other or (key.endswith(("use_rslora", "use_dora", "lora_bias")) and value):
             raise BadWeights(f"{file}: its lora_adapter_metadata have {key}, which is not read here")
     return told
 

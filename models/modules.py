@@ -18,7 +18,7 @@ WeightSet = dict[str, Tensor]
 # UNet(latents, timestep (B,), prompt_embeds (B, L, C), pooled (B, P), time_ids (B, 6)) -> (B, 4, h, w)
 UNetFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-FLAT = 1 / 255  # a picture whose pixels deviate less than this is black or blank: a numeric fault, not a picture
+FLAT = 1 / 255  # a picture that deviates less than this in every channel is of one colour: a numeric fault, no picture
 
 
 class TextEncoders(nn.Module):
@@ -62,11 +62,11 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents: (B, 4, h, w) float32. Returns pictures (B, 8h, 8w, 3) uint8, and (B,) bool: is it valid, that is
-        neither flat nor anywhere NaN or Inf?"""
+        neither flat in every channel nor anywhere NaN or Inf?"""
         latents = latents / self.scaling_factor  # 0.13025 for SDXL, from vae/config.json
         raw = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
         pixels = (raw / 2 + 0.5).clamp(0, 1)
-        valid = (pixels.flatten(1).std(dim=1) >= FLAT) & raw.isfinite().flatten(1).all(dim=1)
+        valid = (pixels.flatten(2).std(dim=2).amax(dim=1) >= FLAT) & raw.isfinite().flatten(1).all(dim=1)
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), valid
 
     def in_float32(self) -> "Decoder":
@@ -165,10 +165,14 @@ def _filled(
     state = store.read(part, place, dtype)
     with init_empty_weights():  # random numbers for 0.7 billion parameters would take seconds
         module = make()
-    state.pop(weights.POSITION_IDS, None)
+    if (ids := state.pop(weights.POSITION_IDS, None)) is not None and ids.flatten().tolist() != [*range(ids.numel())]:
+        raise weights.BadWeights(f"{part}: {weights.POSITION_IDS} are not 0, 1, 2 and so on")
     if not any(key.startswith("text_model.") for key in module.state_dict()):
         # SDXL's files have CLIP's older names; transformers 5 dropped the prefix from CLIPTextModel
-        state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+        renamed = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+        if len(renamed) < len(state):
+            raise weights.BadWeights(f"{part}: it has a tensor twice, with the prefix text_model and without")
+        state = renamed
     weights.check_fit(module.state_dict(), state, part)
     module.load_state_dict(state, strict=True, assign=True)
     module = module.to(place, dtype).eval().requires_grad_(False)

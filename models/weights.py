@@ -45,7 +45,10 @@ class WeightStore:
     def read(self, part: str, place: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """All tensors of a component, by diffusers' names; as read() does. Raises MissingWeights, BadWeights."""
         if not self._is_in_file(part):
-            return read(self.component_file(part), place, dtype)
+            try:
+                return read(self.component_file(part), place, dtype)
+            except BadWeights as error:
+                raise BadWeights(f"{part}/{error}") from error
         path = self._own_file()
         state = read(path, place, dtype, single_file.PREFIXES[part])
         try:
@@ -107,13 +110,7 @@ class WeightStore:
     def config(self, part: str) -> dict[str, Any]:
         """A component's config.json. Raises MissingWeights, BadWeights."""
         path = self.component_file(part, 0)
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadWeights(f"{part}/{path.name} is not readable JSON: {error}") from error
-        if not isinstance(found, dict):  # diffusers takes a string for a repository, and asks the hub
-            raise BadWeights(f"{part}/{path.name} holds no JSON object")
-        return found
+        return _read_config(path, f"{part}/{path.name}")
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
@@ -122,10 +119,12 @@ class WeightStore:
         if self.family.file:
             return self.like.zeros_for_empty_prompt
         path = self.directory and self.directory / "model_index.json"
-        try:
-            return bool(json.loads(path.read_text())["force_zeros_for_empty_prompt"]) if path else True
-        except (OSError, ValueError, KeyError, TypeError):
+        if path is None or not path.is_file():
             return True
+        zeros = _read_config(path, path.name).get("force_zeros_for_empty_prompt", True)
+        if not isinstance(zeros, bool):
+            raise BadWeights(f"{path.name}: force_zeros_for_empty_prompt must be true or false, not {zeros!r}")
+        return zeros
 
     def is_complete(self) -> bool:
         """Whether every file of the base and at least one variant is here without a download."""
@@ -216,6 +215,16 @@ class WeightStore:
             f"{name} of {repository.id} is not in the Hugging Face cache. "
             f"Run `sdxl-lightning models fetch` where there is a network, or set MODEL_DIR to a directory that has it."
         )
+
+
+def _read_config(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadWeights(f"{name} is not readable JSON: {error}") from error
+    if not isinstance(found, dict):  # diffusers takes a string for a repository, and asks the hub
+        raise BadWeights(f"{name} holds no JSON object")
+    return found
 
 
 def read(path: Path, device: str = "cpu", dtype: torch.dtype | None = None, prefix: str = "") -> dict[str, Tensor]:

@@ -120,8 +120,9 @@ def test_a_prompt_is_taken_as_it_is_typed_and_an_upper_case_suffix_too(tmp_path)
 
 @pytest.mark.parametrize("prompt", ["", " \u200b", "\u2028\ufe0f", "caf\udce9", "a" * 2001])
 def test_a_prompt_that_no_server_would_take_is_a_sentence(prompt):
-    refused = run("generate", "--", prompt)
+    refused = call("generate", "--", prompt)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert refused.stderr.startswith("--prompt=")
 
 
 def test_an_undefined_picture_is_never_written(embedded_copy, tmp_path):
@@ -135,10 +136,20 @@ def test_an_undefined_picture_is_never_written(embedded_copy, tmp_path):
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("MODEL", "gpt-4"), ("SDXL_PORT", "tcp://10.0.0.1:80"), ("DEVICE", "cuda:0"), ("LOG_LEVEL", "Loud")],
+    [
+        ("MODEL", "gpt-4"),
+        ("SDXL_PORT", "tcp://10.0.0.1:80"),
+        ("DEVICE", "cuda:0"),
+        ("LOG_LEVEL", "Loud"),
+        ("HOST_BUDGET_GIB", "inf"),
+        ("ROOT_PATH", "http://x"),
+        ("ALLOWED_ORIGINS", "https://a.example/"),
+        ("ALLOWED_HOSTS", "a.example,http://b.example"),
+        ("MODEL_ALIASES", "gpt-image-1=9step-unet"),
+    ],
 )
 def test_a_wrong_setting_is_one_sentence_with_its_variable_and_its_value(variable, value):
-    refused = run("serve", **{variable: value})
+    refused = call("serve", **{variable: value})
     assert refused.returncode == 2
     assert refused.stderr.lower().startswith(f"{variable}={value!r}: ".lower()), refused.stderr
     assert refused.stderr.count("\n") == 1

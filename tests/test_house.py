@@ -102,6 +102,25 @@ def test_one_kind_of_device_is_nobodys_business_but_its_own_rooms():
     assert asked == ["app/engine/load.py"]
 
 
+def test_no_deadline_knows_the_wall_clock():
+    """It jumps; only what is told to people reads it: an answer's date, a line of the log, a span."""
+    reads = re.compile(r"\btime\.time(_ns)?\(|datetime\.(now|utcnow|today)\(|\b(gm|local|c)time\(|from time import")
+    found = {path.relative_to(ROOT).as_posix() for path in sources("app", "models") if reads.search(path.read_text())}
+    assert found == {"app/api/generate.py", "app/api/openai.py", "app/traces.py"}
+
+
+def test_every_test_that_the_promises_name_is_there():
+    told = (ROOT / "docs" / "reliability.md").read_text()
+    there = {path.stem for path in sources("tests")}
+    for path in sources("tests"):
+        there |= set(re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE))
+    whole = set(re.findall(r"(?<![.\w])test_\w+(?!\w|\.\.\.)", told))
+    ends = set(re.findall(r"\.\.\.(_\w+)(?!\w|\.\.\.)", told))
+    assert whole
+    assert not whole - there
+    assert not {end for end in ends if not any(name.endswith(end) for name in there)}
+
+
 def test_no_file_is_longer_than_a_reader_can_hold():
     for path in sources("app", "models", "distill", "bench"):
         assert len(path.read_text().splitlines()) <= 320, path

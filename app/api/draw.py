@@ -94,12 +94,22 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     styles = await run_in_threadpool(parts.styles.find, dict(order.styles), family) if order.styles else {}
     jobs = resolve(order, family, limits, now, styles)
     request.state.variant = jobs[0].weights.variant
+    if not settings.load_on_demand:
+        _require_resident(jobs[0].weights.variant, parts)
     trace: Trace | None = getattr(request.state, "trace", None)
     if trace is not None:
         jobs = [msgspec.structs.replace(job, trace=trace.traceparent) for job in jobs]
-    async with aclosing(parts.fleet.watch(jobs, order.fingerprint, wants_steps, order.source)) as events:
+    async with aclosing(parts.fleet.watch(jobs, request.state.who, wants_steps, order.source)) as events:
         async for event in events:
             yield event
+
+
+def _require_resident(variant: str, parts: Parts) -> None:
+    report = parts.fleet.report
+    resident = [each.name for each in report.variants if each.state == "resident"] if report else []
+    if variant not in resident:
+        detail = f"{variant} is not loaded, and nothing is loaded on demand here; loaded: {', '.join(resident)}"
+        raise Problem(errors.NOT_LOADED, detail)
 
 
 async def as_base64(files: Sequence[bytes], prefix: str = "") -> list[msgspec.Raw]:

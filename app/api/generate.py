@@ -1,6 +1,7 @@
 """POST /generate, our own API: strict, and nothing that was asked for is ignored."""
 
 import json
+import math
 import time
 from binascii import b2a_base64
 from collections.abc import AsyncGenerator
@@ -26,7 +27,27 @@ from app.http.limits import PictureRoute
 from app.order import Order
 from app.uploads import Bitmap
 
-router = APIRouter(route_class=PictureRoute)
+
+class Deadline(msgspec.Struct):
+    """All that is read of a request while there is no place for it."""
+
+    timeout: float | None = None
+
+
+class StrictRoute(PictureRoute):
+    """A route whose requests may name their deadline."""
+
+    def timeout(self, body: bytes | None) -> float | None:
+        """By a millionth of a second's work; for ever where it is not known yet."""
+        if body is None:
+            return math.inf
+        try:
+            return msgspec.json.decode(body, type=Deadline).timeout
+        except msgspec.DecodeError:
+            return None
+
+
+router = APIRouter(route_class=StrictRoute)
 
 MEDIA = (*images.MEDIA_TYPES.values(), "text/event-stream")
 PICTURE = {"content": {media: {} for media in MEDIA}, "description": "the pictures, or one bare, or events"}

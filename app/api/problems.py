@@ -45,7 +45,7 @@ def openai_error(problem: Problem) -> dict[str, Any]:
             "message": told["detail"],
             "type": "rate_limit_error" if status == 429 else kind,
             "param": told.get("field"),
-            "code": "model_not_found" if problem.cause is errors.UNKNOWN_MODEL else told["code"],
+            "code": "model_not_found" if status == 404 and problem.field in ("model", "variant") else told["code"],
         }
     }
 

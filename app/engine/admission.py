@@ -15,6 +15,9 @@ WINDOW = 1.5  # seconds: Retry-After is whole seconds rounded up, and a client a
 PATIENCE = 10.0  # seconds after its time for which a promise holds, where nobody else sends the same request
 HORIZON = 1800.0  # seconds; nobody is promised a place later than this
 MOST_WINDOWS = 1 << 16  # open at once, about 20 MB
+TYPICAL_S = 0.25  # seconds for which one refusal tells of others; what that keeps out is little of a queue's time
+ALIKE = 0.9  # of a request's time: one that has this much, or as much more, is drawn at about the same time
+SLACK = 0.03  # of its time: a request that misses by less than this is refused with the others
 LEARN = 0.01  # of the share that comes back is learned from one promise; a tenth is the least that is believed
 
 
@@ -24,6 +27,26 @@ class Refusal:
 
     reason: str
     retry_after: int
+
+
+@dataclass(frozen=True)
+class Typical:
+    """What the last request that was read and refused needed, in seconds. work: of the devices. at_once: of work, that
+    may come in by one window. overrun: by which it was too late. late: how much later than it may wait a request
+    without any work would have begun, on the engine where that is soonest. left: until its deadline. at: when it came.
+    """
+
+    work: float
+    at_once: float
+    overrun: float
+    late: float
+    left: float
+    at: float
+
+    def is_too_late(self, left: float) -> bool:
+        """Whether a request with so much time would miss its deadline, too, however little work it is. One with much
+        less would be drawn before others, and one with more can wait."""
+        return ALIKE * self.left <= left <= self.left / ALIKE and self.late > -SLACK * left
 
 
 @dataclass
@@ -60,6 +83,7 @@ class Admission:
         self._callers: dict[str, Caller] = {}
         self._windows: deque[tuple[str, Window]] = deque()  # all of them, by their start
         self._promised_until = 0.0
+        self._typical: Typical | None = None
         self._come_back = 1.0  # share of promises that are used: a flood that never returns books little
 
     def ask(self, new: Sequence[Sequence[Row]], engines: Sequence[EngineLoad], now: float, who: str) -> Refusal | None:
@@ -73,13 +97,35 @@ class Admission:
         full = queued + count > (limit if share == KEPT else max(count, FRESH * limit))
         if not full and max(costs.overrun(rows, queue, now, share) for rows, queue, costs in parts) <= 0:
             return None
-        reason = f"the queue of {limit} pictures is full" if full else "the queue is too long to meet the deadline"
-        earliest = now + max(1.0, *(costs.overrun(rows, queue, now, FRESH) for rows, queue, costs in parts))
+        left = parts[0][0][0].deadline - now
         added = sum(costs.work([*queue, *rows]) - costs.work(queue) for rows, queue, costs in parts)
         work = added / len(engines)  # they work side by side
-        time_left = parts[0][0][0].deadline - now
-        at_once = min((KEPT - FRESH) * time_left, (1 - FRESH) * limit * work / count) + WINDOW
-        return Refusal(reason, math.ceil(self._promise(who, work, at_once, now, earliest) - now))
+        at_once = min((KEPT - FRESH) * left, (1 - FRESH) * limit * work / count) + WINDOW
+        overrun = max(costs.overrun(rows, queue, now, FRESH) for rows, queue, costs in parts)
+        late = min(_late(parts[0][0][0], engine, now) for engine in engines)
+        self._typical = Typical(work, at_once, overrun, late, left, now)
+        return self._refuse(full, limit, who, self._typical, now)
+
+    def glance(self, queued: int, engines: int, left: float, now: float, who: str) -> Refusal | None:
+        """A refusal of a request that nobody has read yet, but for the seconds that it has: there is no place but for
+        those who were promised one. None where it has to be read: ask() says more. queued: pictures."""
+        self._close_windows(now)
+        if (typical := self._typical) is None or now - typical.at > TYPICAL_S:
+            return None
+        limit = self.limit * engines
+        full = queued + 1 > (max(1, FRESH * limit) if self._windows else limit)
+        if not full and not typical.is_too_late(left):
+            return None
+        if (caller := self._callers.get(who)) is not None:
+            if any(window.is_open(now) for window in caller.windows):
+                return None
+            caller.asks += 1
+        return self._refuse(full, limit, who, typical, now)
+
+    def _refuse(self, full: bool, limit: int, who: str, asked: Typical, now: float) -> Refusal:
+        reason = f"the queue of {limit} pictures is full" if full else "the queue is too long to meet the deadline"
+        start = self._promise(who, asked.work, asked.at_once, now, now + max(1.0, asked.overrun))
+        return Refusal(reason, math.ceil(start - now))
 
     def _is_kept(self, who: str, now: float) -> bool:
         caller = self._callers.get(who, Caller(now))
@@ -120,3 +166,9 @@ class Admission:
             if not window.newcomers:
                 self._come_back += LEARN * (window.used / window.room - self._come_back)
         self._come_back = max(0.1, self._come_back)
+
+
+def _late(row: Row, engine: EngineLoad, now: float) -> float:
+    """Seconds by which a new row would begin too late on an engine."""
+    own = engine.costs.work([*engine.rows, row]) - engine.costs.work(engine.rows)
+    return engine.costs.overrun([row], engine.rows, now, FRESH) - own

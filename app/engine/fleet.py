@@ -10,7 +10,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from app import errors
-from app.engine.admission import Admission
+from app.engine.admission import Admission, Refusal
 from app.engine.jobs import Job, Row, Source
 from app.engine.messages import (
     Cancel,
@@ -98,6 +98,12 @@ class Fleet:
             raise Problem(errors.STARTING)
         return ready
 
+    def glance(self, seconds: float, who: str) -> None:
+        """Raises the Problem of a request that nobody has read yet, but for the seconds that it has, where it will not
+        be served whatever it says. who: as for watch()."""
+        self.require_ready()
+        _raise(self._admission.glance(len(self._queue), len(self._open()), seconds, time.monotonic(), who))
+
     async def watch(
         self, jobs: Sequence[Job], who: str, wants_steps: bool = False, source: Source | None = None
     ) -> AsyncGenerator[Event]:
@@ -167,10 +173,7 @@ class Fleet:
             detail = f"this machine needs {needed:.2f} s for this request at the least"
             raise Problem(errors.INVALID, detail, "timeout")
         placed = place(new, loads)
-        refusal = self._admission.ask(placed, loads, now, who)
-        if refusal is not None:
-            detail = f"{refusal.reason}; ask again in {refusal.retry_after} s"
-            raise Problem(errors.OVERLOADED, detail, retry_after=refusal.retry_after)
+        _raise(self._admission.ask(placed, loads, now, who))
         return {row.id: number for (number, _), rows in zip(opened, placed, strict=True) for row in rows}
 
     def _waiting(self, row: Row) -> Waiting:
@@ -240,6 +243,12 @@ class Fleet:
         if worked.stage == "denoise":
             self.metrics.batch.labels(*labels(worked.weights)).observe(worked.rows)
             self._queue.stepped(worked.ids)
+
+
+def _raise(refusal: Refusal | None) -> None:
+    if refusal is not None:
+        detail = f"{refusal.reason}; ask again in {refusal.retry_after} s"
+        raise Problem(errors.OVERLOADED, detail, retry_after=refusal.retry_after)
 
 
 def _together(reports: Sequence[Report]) -> Report | None:

@@ -61,7 +61,10 @@ class Model:
 
     def measure(self, batches: Sequence[int]) -> Costs:
         """What a step and a decode of these sizes take now."""
-        with _part("a measurement"):
+        with _part("tokenizer or text_encoder"):
+            if not all(each.prompt_embeds.isfinite().all() for each in self.pipeline.prompts.encode(["a warm-up"])):
+                raise BadWeights("text_encoder: what it makes of a prompt is NaN or Inf")
+        with _part("unet or vae"):
             return measure(self.pipeline, self.registry, batches, self.workers)
 
 

@@ -12,7 +12,7 @@ from models.catalog import Weights
 class EngineConfig(msgspec.Struct, frozen=True):
     """What the engine is told at its start. None: decide on the machine. Budgets in bytes; directories as strings.
     catalogs: texts by path, as they were when the server was started, however often the engine is. styles: the folder
-    of style LoRAs; None: the family's own.
+    of style LoRAs; None: the family's own. start_timeout: seconds until it must be ready.
     name: among several engines. gpu: the one that it sees, as CUDA_VISIBLE_DEVICES names it; None: as many as we do."""
 
     model: str | None
@@ -30,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     cache: str
     styles: str | None = None
     log_level: str = "info"
+    start_timeout: float = 600.0
     name: str | None = None
     gpu: str | None = None
 

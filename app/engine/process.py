@@ -106,6 +106,7 @@ class EngineProcess:
         self._flight = Flight()
         self._last_answer = 0.0
         self._unanswered = 0
+        self._pings = 0
         self._has_served = False
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -185,7 +186,7 @@ class EngineProcess:
 
     async def _live(self) -> None:
         """One life of the engine, from its start to the end of its pipe."""
-        self._process, self._unanswered = None, 0
+        self._process, self._unanswered, self._pings = None, 0, 0
         self._flight.write([])
         with self._spare.lent():
             ours, theirs = socket.socketpair()
@@ -209,9 +210,15 @@ class EngineProcess:
         while True:
             await asyncio.sleep(PING_S)
             self.send(Ping())
-            self._unanswered += 1  # counted, not timed: where the whole machine paused, nobody hung
-            if self._unanswered * PING_S > HUNG_S and self._process is not None:
+            self._pings += 1  # counted, not timed: where the whole machine paused, nobody hung
+            self._unanswered += 1
+            if self._process is None:
+                continue
+            if self._unanswered * PING_S > HUNG_S:
                 log.error("the engine has not answered for %.0f s; killing it", HUNG_S, extra=self._whose)
+                self._process.kill()
+            elif self.ready is None and self._pings * PING_S > (limit := self.config.start_timeout):
+                log.error("the engine is not ready after %.0f s, START_TIMEOUT_S; killing it", limit, extra=self._whose)
                 self._process.kill()
 
     async def _bury(self) -> None:

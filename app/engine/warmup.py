@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from app.engine.costs import Costs
 from models.catalog import Weights
 from models.pipeline import Pipeline
 from models.registry import Registry
+from models.weights import BadWeights
 
 REPEATS = 3  # after one call that is not counted; the fastest is kept, since a shared machine only ever adds time
 COSTLY_S = 2.0  # a step and a decode of one row that take longer are measured once, and no batch is
@@ -51,14 +53,21 @@ def _picture(pipeline: Pipeline, pixels: int, repeats: int) -> float:
 def _step_and_decode(
     pipeline: Pipeline, registry: Registry, pixels: int, batch: int, repeats: int
 ) -> tuple[float, float]:
-    """Seconds of both, for `batch` rows of `pixels` a side."""
+    """Seconds of both, for `batch` rows of `pixels` a side. Raises BadWeights where nothing can be drawn by them."""
     name = next(row.name for row in registry.status() if row.state == "resident")
     unet = registry.use(Weights(name))
     schedule = registry.schedule(name, registry.store.family.variants[name].steps[0])
     latents = pipeline.noise(0, pixels, pixels, schedule).repeat(batch, 1, 1, 1)
     rows = [pipeline.project(unet, pipeline.prompts.encode(["a warm-up"])[0])] * batch
-    step = _seconds(pipeline, lambda: pipeline.denoise(unet, [schedule] * batch, latents, [0] * batch, rows), repeats)
-    return step, _seconds(pipeline, lambda: pipeline.decode(list(latents)), repeats)
+    made = dict[str, Tensor]()
+    row = ([schedule] * batch, latents, [0] * batch, rows)
+    step = _seconds(pipeline, lambda: made.update(step=pipeline.denoise(unet, *row)), repeats)
+    decode = _seconds(pipeline, lambda: made.update(pictures=pipeline.decode(list(latents))[0]), repeats)
+    if not made["step"].isfinite().all():
+        raise BadWeights(f"{name}: a first step is NaN or Inf")
+    if made["pictures"].min() == made["pictures"].max():
+        raise BadWeights("vae: a first picture has one colour everywhere")
+    return step, decode
 
 
 def _seconds(pipeline: Pipeline, call: Callable[[], object], repeats: int = REPEATS) -> float:

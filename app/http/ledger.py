@@ -1,5 +1,6 @@
 """Every request's id, its line in the log, and its outcome in the metrics: each that draws is counted exactly once."""
 
+import hashlib
 import logging
 import re
 import time
@@ -24,11 +25,18 @@ log = logging.getLogger("app.http")
 
 class Ledger:
     """Pure ASGI, so that a handler hears of its client leaving. What it keeps of a request is in scope["state"]:
-    request_id, status (0 until the answer begins), ledger, draws, variant, problem, client_left, key.
-    render: the answer to a fault that nobody foresaw."""
+    request_id, status (0 until the answer begins), ledger, draws, who, variant, problem, client_left, key.
+    render: the answer to a fault that nobody foresaw. glance: raises the Problem of a request that nobody has read yet,
+    by its timeout and who it is, where it will not be served now."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, render: Callable[[Request, Problem], Response]) -> None:
-        self.app, self.metrics, self.render = app, metrics, render
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        render: Callable[[Request, Problem], Response],
+        glance: Callable[[float | None, str], None] = lambda timeout, who: None,
+    ) -> None:
+        self.app, self.metrics, self.render, self.glance = app, metrics, render, glance
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other scopes pass."""
@@ -67,6 +75,16 @@ class Ledger:
             self.metrics.of_key.labels(state["key"].name, outcome).inc()
         if outcome == "ok":
             self.metrics.total.observe(seconds)
+
+
+def glance(scope: Scope, body: bytes, timeout: float | None) -> None:
+    """Raises Problem where a request that draws will not be served now whatever it says. `who` it is: the same when
+    the same client sends the same again, which is how a promise of Retry-After is recognised."""
+    client, state = scope.get("client") or ("",), scope["state"]
+    owner = state["key"].name if "key" in state else client[0]
+    state["who"] = hashlib.sha256(repr((owner, scope["path"])).encode() + body).hexdigest()
+    ledger: Ledger = state["ledger"]
+    ledger.glance(timeout, state["who"])
 
 
 def count(scope: Scope) -> None:

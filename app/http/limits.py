@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app import errors
 from app.errors import Problem
 from app.http.keys import take
-from app.http.ledger import count
+from app.http.ledger import count, glance
 from app.http.protocol import RECEIVE_S
 from app.http.reading import SMALL, loads, read_form, text_names
 
@@ -52,6 +52,11 @@ class LimitedRoute(APIRoute):
     body_limit = SMALL
     draws = takes_pictures = False
 
+    def timeout(self, body: bytes | None) -> float | None:
+        """What a request that draws says of its deadline, seconds; None where its API has no such field. body: None
+        where it is not read yet."""
+        return None
+
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Judge the request by its key and head, and pass it on with a receive() that keeps the limits."""
         if scope["method"] not in (self.methods or ()):
@@ -63,11 +68,24 @@ class LimitedRoute(APIRoute):
         _check_type(headers, self.takes_pictures)
         room: Room = scope["app"].state.room
         body = Body(receive, room, room.body if self.takes_pictures else self.body_limit, scope["state"])
-        body.check(int(headers.get("content-length", 0)))
+        length = int(headers.get("content-length", 0))
+        body.check(length)
         try:
+            if self.draws:
+                await self._glance(scope, headers, length, body)
             return await super().handle(scope, body.receive, send)
         finally:
             body.let_go()
+
+    async def _glance(self, scope: Scope, headers: Headers, length: int, body: "Body") -> None:
+        """Refuse a request that has no place: one with a picture, or a form, by its head. That says who comes again,
+        too: a form's bytes are others each time."""
+        content_type = headers.get("content-type", "")
+        small = None
+        if length <= self.body_limit and JSON.match(content_type):
+            small = await body.small(self.body_limit)
+        head = b"%d bytes" % length
+        glance(scope, head if small is None else small, self.timeout(small))
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The web framework's, with our way to read JSON and forms."""
@@ -82,7 +100,7 @@ class LimitedRoute(APIRoute):
 
 
 class DrawingRoute(LimitedRoute):
-    """A route that draws: it is counted from its arrival to its end."""
+    """A route that draws: it is counted from its arrival to its end, and not parsed where there is no room for it."""
 
     draws = True
 
@@ -99,9 +117,23 @@ class Body:
     def __init__(self, receive: Receive, room: Room, limit: int, state: MutableMapping[str, Any]) -> None:
         self._receive, self._room, self._limit, self._state = receive, room, limit, state
         self._read, self._is_whole, self._start = 0, False, time.monotonic()
+        self._kept: list[Message] = []
+
+    async def small(self, limit: int) -> bytes | None:
+        """All of it, where that is no more than so many bytes; what was read is received again. Raises Refused as
+        receive(), and Problem where the client leaves."""
+        kept: list[Message] = []
+        while not self._is_whole and self._read <= limit:
+            kept.append(await self.receive())
+            if kept[-1]["type"] == "http.disconnect":
+                raise Problem(errors.CLIENT_LEFT)
+        self._kept = kept
+        return b"".join(message.get("body", b"") for message in kept) if self._read <= limit else None
 
     async def receive(self) -> Message:
         """The next message. Raises Refused for a body that is too large, too slow, or too much with all the others."""
+        if self._kept:
+            return self._kept.pop(0)
         try:
             async with asyncio.timeout(None if self._is_whole else max(0.0, self._end - time.monotonic())):
                 message = await self._receive()

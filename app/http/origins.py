@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors
 from app.errors import Problem
-from app.settings import Settings, listed
+from app.lists import listed
+from app.settings import Settings
 
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:/?#@\[\]\s]+)(:[0-9]*)?")  # RFC 3986, 3.2.2, without what we never answer to
 ANY = "*"

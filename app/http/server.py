@@ -91,7 +91,8 @@ def serve(app: FastAPI, settings: Settings, fleet: Fleet, admin: ASGIApp) -> int
     """Serve until told to stop; returns the process's exit code. admin: what ADMIN_PORT shows."""
     _check_address(settings)
     server = Server(app, settings, fleet, admin)
-    signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn sees to the others
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn sees to the others
     server.run()
     return 1 if fleet.fatal or not server.started else 0
 

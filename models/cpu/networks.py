@@ -198,15 +198,16 @@ def _activated(layers: Layers, x: Node, config: Config) -> Node:
 
 
 def _valid(raw: Node, pixels: Node) -> Node:
-    """(B,) float32: 1 where a picture is neither flat nor anywhere NaN or Inf."""
-    axes = np.array([1, 2, 3])
-    count = int(np.prod([int(side) for side in pixels.get_output_shape(0)][1:]))
-    mean, norm = op.reduce_mean(pixels, axes, False), op.reduce_l2(pixels, axes, False)
-    squares = op.subtract(op.multiply(norm, norm), op.multiply(op.multiply(mean, mean), _float(count)))
-    is_varied = op.greater_equal(squares, _float((count - 1) * FLAT**2))
-    is_finite = op.less(
-        op.reduce_l2(raw, axes, False), _float(float(np.finfo(np.float32).max))
-    )  # NaN is less than nothing
+    """(B,) float32: 1 where a picture is neither flat in every channel nor anywhere NaN or Inf."""
+    sides = np.array([2, 3])
+    count = int(np.prod([int(side) for side in pixels.get_output_shape(0)][2:]))
+    deviation = op.subtract(
+        pixels, op.reduce_mean(pixels, sides, True)
+    )  # before it is squared: a sum would be too coarse
+    norm = op.reduce_max(op.reduce_l2(deviation, sides, False), np.array([1]), False)
+    is_varied = op.greater_equal(norm, _float(FLAT * (count - 1) ** 0.5))
+    largest = _float(float(np.finfo(np.float32).max))
+    is_finite = op.less(op.reduce_l2(raw, np.array([1, 2, 3]), False), largest)  # NaN is less than nothing
     return op.convert(op.logical_and(is_varied, is_finite), "f32")
 
 

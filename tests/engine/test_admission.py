@@ -1,6 +1,7 @@
 """Admission, with a simulated clock: who is let in meets the deadline, and Retry-After is true."""
 
 import heapq
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -22,8 +23,8 @@ def row(id=0, deadline=30.0, steps=4) -> Row:
     return Row(id, Weights(f"{steps}step-unet"), 128, 128, deadline, steps)
 
 
-def ask(admission: Admission, new: list[Row], pending: list[Row], who: str = "a") -> Refusal | None:
-    return admission.ask([new], [EngineLoad(pending, COSTS)], 0.0, who)
+def ask(admission: Admission, new: list[Row], pending: list[Row], who: str = "a", now: float = 0.0) -> Refusal | None:
+    return admission.ask([new], [EngineLoad(pending, COSTS)], now, who)
 
 
 def test_a_burst_of_64_is_admitted_while_its_deadlines_can_be_met():
@@ -93,13 +94,45 @@ def test_a_flood_of_different_requests_that_never_return_keeps_nobody_out():
     assert seen.returned > 100
     assert seen.admitted_again / seen.returned >= 0.95
     assert seen.goodput >= 0.9
+    assert seen.glances > 1000
     assert seen.longest_wait <= 400  # without a memory for who comes back: the horizon, half an hour
+
+
+def test_one_refusal_tells_of_the_next_but_not_of_who_has_more_time_or_a_place():
+    admission, pending = Admission(limit=1000), [row(id, deadline=1.0) for id in range(200)]
+    assert admission.glance(200, 1, 1.0, 0.0, who="a") is None  # nobody was refused yet
+    refusal = ask(admission, [row(300, deadline=1.0)], pending)
+    told = admission.glance(200, 1, 1.0, 0.1, who="b")
+    assert refusal is not None
+    assert told is not None
+    assert told.retry_after >= refusal.retry_after
+    assert admission.glance(200, 1, 30.0, 0.1, who="c") is None
+    assert admission.glance(200, 1, 0.1, 0.1, who="c") is None  # it would be drawn before the others
+    assert admission.glance(1000, 1, 30.0, 0.1, who="c") is not None  # the queue is full for everybody
+    back = 0.1 + told.retry_after
+    ask(admission, [row(301, deadline=back + 0.5)], pending, "d", back)
+    assert admission.glance(200, 1, 0.5, back, who="e") is not None
+    assert admission.glance(200, 1, 0.5, back, who="b") is None
+    assert admission.glance(200, 1, 0.5, back + 1.0, who="e") is None  # that was too long ago to tell
+
+
+def test_of_several_engines_one_with_a_place_is_enough():
+    admission, late, idle = Admission(limit=1000), [row(id, deadline=1.0) for id in range(200)], []
+    new = [row(300, deadline=1.0)]
+    assert admission.ask([new, []], [EngineLoad(late, COSTS), EngineLoad(idle, COSTS)], 0.0, who="a") is not None
+    assert admission.glance(200, 2, 1.0, 0.1, who="b") is None
+    assert admission.ask([new, []], [EngineLoad(late, COSTS)] * 2, 0.0, who="a") is not None
+    assert admission.glance(400, 2, 1.0, 0.1, who="b") is not None
+    assert admission.glance(400, 2, math.inf, 0.1, who="b") is None  # not read yet, and the queue is not full
+    assert admission.glance(2000, 2, math.inf, 0.1, who="b") is not None
 
 
 @dataclass
 class Seen:
-    """What became of a simulated load. late: admitted and then refused. goodput: of the capacity."""
+    """What became of a simulated load. glances: refusals that needed no look at the request.
+    late: admitted and then refused. goodput: of the capacity."""
 
+    glances: int = 0
     returned: int = 0
     admitted_again: int = 0
     late: int = 0
@@ -141,9 +174,12 @@ def simulate(
         while arrivals and arrivals[0][0] <= now:
             at, id, is_return = heapq.heappop(arrivals)
             asked = Row(id, Weights("4step-unet"), 128, 128, at + deadline, 4)
+            who = str(id % senders if senders else id)
             loads = [EngineLoad(list(rows.values()), costs) for rows in boards]
             placed = place([asked], loads)
-            refusal = admission.ask(placed, loads, now, who=str(id % senders if senders else id))
+            refusal = admission.glance(sum(map(len, boards)), engines, asked.deadline - now, now, who)
+            seen.glances += refusal is not None
+            refusal = refusal or admission.ask(placed, loads, now, who)
             seen.returned += is_return
             if refusal is None:
                 boards[next(number for number, rows in enumerate(placed) if rows)][id] = asked

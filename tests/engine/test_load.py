@@ -1,12 +1,14 @@
 """What is opened before the first request, on how many threads, and what is measured of it."""
 
+import json
+
 import msgspec
 import pytest
 import torch
 
 from app.engine import warmup
 from app.engine.cores import lower
-from app.engine.load import open_model
+from app.engine.load import CANNOT_OPEN, open_model
 from app.engine.messages import EngineConfig
 from app.settings import EngineSettings
 from models.catalog import CATALOG
@@ -91,6 +93,23 @@ def test_where_no_variant_is_left_the_reason_is_told(embedded_copy):
 def test_a_device_that_is_not_there_is_refused_in_words():
     with pytest.raises(NoDevice, match="leave DEVICE out"):
         open_model(config(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("file", "fault", "named"),
+    [
+        ("text_encoder_2/config.json", {"layer_norm_eps": float("nan")}, "text_encoder"),
+        ("text_encoder/config.json", {"eos_token_id": None}, "tokenizer or text_encoder"),
+        ("unet/config.json", {"norm_eps": float("nan")}, "4step-unet: a first step is NaN"),
+        ("vae/config.json", {"scaling_factor": 1e-38}, "vae: a first picture has one colour"),
+        ("model_index.json", {"force_zeros_for_empty_prompt": "false"}, "model_index.json: force_zeros"),
+    ],
+)
+def test_a_model_that_can_draw_nothing_is_refused_by_the_part_at_fault(embedded_copy, file, fault, named):
+    path = embedded_copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fault}))
+    with pytest.raises(CANNOT_OPEN, match=named):
+        open_model(config(directory=str(embedded_copy), preload=["4step-unet"])).measure((1,))
 
 
 def test_a_costly_picture_is_measured_once_and_no_batch_is(monkeypatch):

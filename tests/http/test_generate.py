@@ -192,6 +192,6 @@ def test_several_accept_lines_are_one_list_and_an_invisible_prompt_is_refused(se
     headers = [("accept", "text/plain"), ("accept", "image/png")]
     answer = httpx.post(f"{server.url}/generate", json=APPLE, headers=headers, timeout=60)
     assert answer.headers["content-type"] == "image/png"
-    for prompt in (" ", "\u200b\u2060", "\u3164", "\x00"):
+    for prompt in (" ", "\u200b\u2060", "\u3164", "\x00", "\u180b\u2065", "\ufe0f\U000e0100", "\U000e0041", "\u2800"):
         refused = server.generate(prompt=prompt)
         assert (refused.status_code, refused.json()["field"]) == (422, "prompt")

@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import httpx
 import psutil
@@ -113,12 +115,45 @@ def test_a_burst_of_64_is_served_whole(server):
     assert [answer.result().status_code for answer in answers] == [200] * 64
 
 
-def test_a_full_queue_answers_429_and_who_waits_as_told_is_served(start_server):
+def unread(server, path: str) -> int:
+    """The status of what nobody can read."""
+    response = httpx.post(server.url + path, content=b"no JSON", headers={"content-type": "application/json"})
+    if response.status_code == 429:
+        assert int(response.headers["retry-after"]) >= 1
+        assert ("error" in response.json()) == path.startswith("/v1/")
+    return response.status_code
+
+
+def unsent(server, content_type: str) -> int:
+    """The status of a large request whose body waits to be asked for."""
+    head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\ncontent-length: 9999999\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+        sock.sendall(f"{head}expect: 100-continue\r\n\r\n".encode())
+        return int(sock.recv(65536).split()[1])
+
+
+def as_form(server) -> httpx.Response:
+    """With another boundary at each call."""
+    form = {name: (None, str(value)) for name, value in {**APPLE, "steps": 8}.items()}
+    return httpx.post(f"{server.url}/generate", files=form, timeout=120)
+
+
+def test_a_full_queue_answers_429_before_the_body_is_parsed_and_who_waits_as_told_is_served(start_server):
     server = start_server(QUEUE_LIMIT="4").wait_until_ready()
+
+    def is_refused(ask: Callable[..., int], how: str) -> bool:
+        """One that was read was refused, and just behind it one that nobody reads."""
+        return server.generate().status_code == ask(server, how) == 429
+
     with ThreadPoolExecutor(12) as pool:
         with server.stopped_engine():
             answers = burst(pool, server, 12, steps=8)
             assert eventually(lambda: total(server.metrics(), "refused") == 8, 15)  # at once: nothing moves
+            for path in ("/generate", "/v1/images/generations"):
+                assert eventually(partial(is_refused, unread, path))
+            for content_type in ("application/json", "multipart/form-data; boundary=x"):
+                assert eventually(partial(is_refused, unsent, content_type))
+            form = as_form(server)
         responses = [answer.result() for answer in answers]
     assert sorted(response.status_code for response in responses) == [200] * 4 + [429] * 8
     refused = [response for response in responses if response.status_code == 429]
@@ -128,6 +163,9 @@ def test_a_full_queue_answers_429_and_who_waits_as_told_is_served(start_server):
     last = max(waits, key=lambda seed: waits[seed])
     time.sleep(waits[last])
     assert server.generate(timeout=120, seed=last, steps=8).status_code == 200
+    assert form.status_code == 429
+    time.sleep(max(0, int(form.headers["retry-after"]) - waits[last]))
+    assert as_form(server).status_code == 200
 
 
 def test_a_killed_engine_fails_its_requests_at_once_and_comes_back(start_server):
@@ -191,6 +229,26 @@ def test_an_engine_that_hangs_while_it_starts_is_killed(start_server):
         assert eventually(lambda: has_ended(engine), 20)
 
 
+def test_an_engine_whose_start_never_ends_though_it_answers_is_killed(start_server, tmp_path):
+    (tmp_path / "torch.py").write_text("import time; time.sleep(3600)")
+    once = "import app.engine.process; app.engine.process.STILLBORN = 1"
+    server = start_server(first=once, PYTHONPATH=str(tmp_path), START_TIMEOUT_S="4")
+    assert server.process.wait(60) == 1
+    assert "not ready after 4 s" in server.log.read_text()
+
+
+def test_where_nothing_is_loaded_on_demand_a_variant_that_is_not_there_is_refused_by_name(start_server):
+    server = start_server(LOAD_ON_DEMAND="0", PRELOAD="4step-unet,1step-unet").wait_until_ready()
+    refused = server.generate(steps=8)
+    assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (404, "not_loaded", "variant")
+    assert "8step-unet is not loaded" in refused.json()["detail"]
+    assert "4step-unet" in refused.json()["detail"]
+    body = {"prompt": "a red apple", "model": "8step-unet"}
+    openai = httpx.post(f"{server.url}/v1/images/generations", json=body)
+    assert (openai.status_code, openai.json()["error"]["code"]) == (404, "model_not_found")
+    assert server.generate(steps=4).status_code == 200
+
+
 def test_an_engine_that_starts_leaves_with_a_killed_server(start_server):
     server = start_server()
     assert eventually(lambda: "engine started" in server.log.read_text())
@@ -227,8 +285,10 @@ def test_signals_to_the_whole_group_twice_as_make_sends_them_still_drain(start_s
     assert eventually(lambda: has_ended(engine))
 
 
-def test_a_later_second_sigint_ends_at_once(start_server):
-    server = start_server().wait_until_ready()
+def test_a_hangup_under_nohup_is_nothing_and_a_later_second_sigint_ends_at_once(start_server):
+    server = start_server(first="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)").wait_until_ready()
+    server.process.send_signal(signal.SIGHUP)
+    assert server.generate().status_code == 200
     with ThreadPoolExecutor(1) as pool, server.stopped_engine():  # so that the drain would not end by itself
         stuck = burst(pool, server, 1)[0]
         assert eventually(lambda: server.in_engine() == 1, 10)

@@ -95,6 +95,10 @@ def test_the_decoder_draws_what_the_module_draws_and_finds_what_is_undefined_or_
     assert valid.tolist() == [True, False, False, True, True]
     assert (ours[valid].int() - theirs[valid].int()).abs().max() <= 1
     weights = {key: torch.zeros_like(tensor) for key, tensor in eager[0].vae.vae.state_dict().items()}
+    weights["decoder.conv_out.bias"][:] = torch.tensor([0.8, -0.8, 0.1])  # an even red
+    plain = eager[0].vae.in_float32()
+    plain.vae.load_state_dict(weights)
+    assert plain(latents[:1])[1].tolist() == [False]
     flat = exact.device._graph(lambda batch: networks.decoder(weights, STORE.config("vae"), torch.float32, 16, batch))
     assert flat(latents[:1])[1].tolist() == [0.0]
 

@@ -104,6 +104,12 @@ TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
         (without(f"{KOHYA}.lora_down.weight"), KOHYA),
         (beside(f"{KOHYA}.lora_down.weight", torch.ones(12, 5)), "do not fit"),
         (beside(f"{KOHYA}.lora_up.weight", torch.ones(5, 12)), "do not fit"),
+        (beside(f"{KOHYA}.lora_down.weight", torch.ones(())), "do not fit"),
+        (
+            beside(f"{KOHYA}.lora_down.weight", LORA[f"{KOHYA}.lora_down.weight"][:0])
+            | {f"{KOHYA}.lora_up.weight": LORA[f"{KOHYA}.lora_up.weight"][:, :0]},
+            "do not fit",
+        ),
         (beside(f"{KOHYA}.alpha", torch.ones(2)), "not one number"),
         (beside(f"{KOHYA}.alpha", torch.tensor(torch.nan)), f"{KOHYA}.alpha has NaN"),
         ({key: tensor.to(torch.int8) for key, tensor in LORA.items()}, "not floating point"),
@@ -117,7 +123,14 @@ def test_a_file_with_a_tensor_that_cannot_be_used_is_refused_by_its_name(embedde
 
 @pytest.mark.parametrize(
     "told",
-    ['{"unet.use_dora": true}', '{"unet.alpha_pattern": {"x": 2}}', '{"unet.alpha_pattern": {"x": "y"}}', "[]", "{"],
+    [
+        '{"unet.use_dora": true}',
+        '{"unet.alpha_pattern": {"x": 2}}',
+        '{"unet.alpha_pattern": {"x": "y"}}',
+        '{"unet.init_lora_weights": "pissa"}',
+        "[]",
+        "{",
+    ],
 )
 def test_an_adapters_metadata_that_are_not_read_are_refused(embedded_copy, told):
     with pytest.raises(BadWeights, match="lora_adapter_metadata"):

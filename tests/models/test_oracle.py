@@ -16,7 +16,7 @@ from models.modules import UNetFunction
 from models.pipeline import Pipeline
 from models.registry import Registry
 from models.schedule import Schedule
-from models.weights import WeightStore
+from models.weights import BadWeights, WeightStore
 from tests.models import oracle
 
 PROMPTS = ("a red apple on a blue background", "yellow banana, green background", "something it has never seen", "")
@@ -107,6 +107,21 @@ def test_text_encoders_with_the_released_files_older_names_load_alike(pipeline, 
     other = Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
     ours, theirs = (each.prompts.encode([PROMPTS[0]])[0] for each in (pipeline, other))
     torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds)
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ({"embeddings.token_embedding.weight": torch.zeros(1717, 64)}, "a tensor twice"),
+        ({"text_model.embeddings.position_ids": torch.arange(24).flip(0)[None]}, "not 0, 1, 2"),
+    ],
+)
+def test_text_encoders_that_say_a_thing_twice_or_count_otherwise_are_refused(embedded_copy, added, said):
+    path = embedded_copy / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(path).items()}
+    save_file(state | added, path)
+    with pytest.raises(BadWeights, match=f"text_encoder: .*{said}"):
+        Pipeline(WeightStore(oracle.FAMILY, embedded_copy), Device(), torch.float32)
 
 
 @pytest.mark.parametrize("changed", [{"model_max_length": 10**30}, {"model_max_length": 12}, {}, None])

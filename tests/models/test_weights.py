@@ -61,6 +61,32 @@ def test_a_hostile_header_is_refused(tmp_path, data):
         read(write(tmp_path / "x.safetensors", data))
 
 
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_file_is_refused_or_has_the_same_tensors_by_other_numbers(tmp_path_factory, data):
+    """Flipped, cut and spliced: nothing but a refusal in words, or tensors that lie wholly within the file."""
+    damaged = bytearray(SMALL)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, value = data.draw(st.integers(0, len(damaged) - 1)), data.draw(st.integers(0, 255))
+        match data.draw(st.sampled_from(("flip", "cut", "insert", "repeat"))):
+            case "flip":
+                damaged[at] = value
+            case "cut":
+                del damaged[at : at + value]
+            case "insert":
+                damaged[at:at] = bytes([value]) * value
+            case "repeat":
+                damaged += damaged[at : at + value]
+        if not damaged:
+            break
+    path = write(tmp_path_factory.mktemp("x") / "x.safetensors", bytes(damaged))
+    try:
+        tensors = read(path)
+    except BadWeights:
+        return
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= len(damaged)
+
+
 def test_a_pickle_is_refused_and_never_run(tmp_path):
     canary = tmp_path / "canary"
 
