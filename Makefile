@@ -8,8 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
 
+# Two files at a time: most tests wait for servers.
 test: .venv/developed .venv/tooled system-packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Clients that need environments of their own: about 10 GB of disk (docs/clients.md). The light ones are in `make test`.
 HEAVY := tests/clients/heavy
