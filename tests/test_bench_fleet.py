@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 
 from app.engine.costs import Costs
-from bench import fleet
+from bench import fleet, routers
 from bench.load import percentile
 
-EIGHT = fleet.Fleet(seconds=24)
-SWITCHING = fleet.Fleet(seconds=16, switch=0.15)
+EIGHT = routers.Fleet(seconds=24)
+SWITCHING = routers.Fleet(seconds=16, switch=0.15)
 RANDOM, LEAST, OURS = "random (kube-proxy)", "least connections (HAProxy)", "place(): finish + 3 x added work"
 
 
@@ -25,9 +25,9 @@ def test_where_a_change_of_weights_takes_long_place_makes_few():
     assert percentile(ours.took, 50) < percentile(counted.took, 50) / 2
 
 
-@pytest.mark.parametrize("router", fleet.ROUTERS)
+@pytest.mark.parametrize("router", routers.ROUTERS)
 def test_no_router_draws_more_than_the_devices_can_nor_loses_a_request_that_there_is_time_for(router):
-    one = fleet.Fleet(devices=2, seconds=8, deadline=4)
+    one = routers.Fleet(devices=2, seconds=8, deadline=4)
     light, heavy = (fleet.simulate(one, router, load, 0) for load in (0.2, 3.0))
     assert light.in_time == 1
     # Somewhat more than of the even mix: the shorter requests are those that still have time.
@@ -36,8 +36,8 @@ def test_no_router_draws_more_than_the_devices_can_nor_loses_a_request_that_ther
 
 
 def test_a_device_alone_takes_what_the_table_says():
-    costs = Costs({1: 1.0}, {1: 0.25}, encode=0.125, pixels=fleet.SIDE**2)
-    seen = fleet.simulate(fleet.Fleet(devices=1, costs=costs, deadline=100, seconds=1000), OURS, 0.02, 0)
+    costs = Costs({1: 1.0}, {1: 0.25}, encode=0.125, pixels=routers.SIDE**2)
+    seen = fleet.simulate(routers.Fleet(devices=1, costs=costs, deadline=100, seconds=1000), OURS, 0.02, 0)
     assert len(seen.took) > 0
     assert [took % 1 for took in seen.took] == pytest.approx([0.375] * len(seen.took))
 

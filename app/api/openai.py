@@ -49,6 +49,7 @@ IMPOSSIBLE = {
     "svg": "cannot be made: pictures are made of pixels",
 }
 REFUSALS = declare(400, 404, 408, 413, 415, 429, 500, 503, 504, shape=OPENAI_ERROR)
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 EDITS_FORM = {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/EditsRequest"}}}}
 
 
@@ -128,13 +129,15 @@ class EditsRequest(ImagesRequest):
         return {"image": image, "mask": mask, "strength": self.strength}
 
 
-@router.post("/generations", response_model=None, responses=REFUSALS)
+@router.post("/generations", response_model=None, responses={**EVENTS, **REFUSALS})
 async def generate_images(body: ImagesRequest, request: Request, parts: PartsDep) -> Response:
     """Draw pictures, as OpenAI's API has it: JSON, or server-sent events where stream is true."""
     return await _answer(body, request, parts)
 
 
-@editing.post("/edits", response_model=None, responses=REFUSALS, openapi_extra={"requestBody": EDITS_FORM})
+@editing.post(
+    "/edits", response_model=None, responses={**EVENTS, **REFUSALS}, openapi_extra={"requestBody": EDITS_FORM}
+)
 async def edit_images(body: EditsRequest, request: Request, parts: PartsDep) -> Response:
     """Draw over a picture, where its mask is transparent, or all of it."""
     return await _answer(body, request, parts)

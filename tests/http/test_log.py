@@ -11,10 +11,9 @@ FULL = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 2)"
 UNREAD = "import os; unread, end = os.pipe(); os.dup2(end, 2)"
 BROKEN = "import os; unread, end = os.pipe(); os.dup2(end, 2); os.close(unread)"
 CLOSED = "import os; os.close(2)"
-NO_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"  # no process can write to any file
 
 
-@pytest.mark.parametrize("stderr", [FULL, UNREAD, BROKEN, CLOSED, NO_DISK])
+@pytest.mark.parametrize("stderr", [FULL, UNREAD, BROKEN, CLOSED])
 def test_a_log_that_nobody_can_read_stops_nothing_and_is_counted(start_server, stderr):
     server = start_server(first=stderr).wait_until_ready()
     with httpx.Client(base_url=server.url, timeout=10, verify=PLAIN) as client:
