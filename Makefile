@@ -123,7 +123,7 @@ EXTRA := $(if $(shell command -v nvidia-smi),,[cpu])
 	@touch $@
 
 .venv/developed: .venv/served
-	@$(PIP) install --constraint requirements.lock --editable '.[cpu,otel,distill,bench,dev]'
+	@$(PIP) install --constraint requirements.lock --editable '.[cpu,c2pa,otel,distill,bench,dev]'
 	@$(PIP) install --constraint requirements.lock --no-deps compel  # an oracle of tests, which would bring Jupyter
 	@touch $@
 

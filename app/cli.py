@@ -1,5 +1,5 @@
-"""The command line: serve, generate (one prompt to a file, without a server), models (list, fetch,
-verify), and keys (new)."""
+"""The command line: serve, generate (one prompt to a file, without a server), models (list, fetch, verify), keys (new),
+and verify (which marks a file has)."""
 
 import contextlib
 import os
@@ -19,7 +19,8 @@ from app.errors import Problem
 from app.images import MEDIA_TYPES
 from app.keys import NAME, add
 from app.order import PROMPT_LIMIT, SEED_LIMIT, Order, is_blank
-from app.settings import PREFIX, EngineSettings, Settings, Variables
+from app.settings import EngineSettings, Settings
+from app.variables import PREFIX, Variables
 from models.catalog import BadCatalog
 
 
@@ -158,6 +159,25 @@ class Keys(Variables):
             sys.exit(str(error))
 
 
+class Verify(Variables):
+    """Say which marks of AI a picture file has: IPTC's, and a signature (C2PA), valid or not, trusted or not."""
+
+    file: CliPositionalArg[Path]
+    trust: Path | None = Field(None, description="certificates of those you trust, a PEM file")
+
+    def cli_cmd(self) -> None:
+        """Print a line per kind; exits with 1 where there is no mark, or a broken one."""
+        from app.marking import verify
+
+        try:
+            lines, is_right = verify(self.file, self.trust)
+        except ValueError as error:
+            sys.exit(str(error))
+        print(*lines, sep="\n")
+        if not is_right:
+            sys.exit(1)
+
+
 class CommandLine(
     BaseSettings, cli_kebab_case=True, cli_prog_name="sdxl-lightning", cli_parse_none_str="\0"
 ):  # "null" is a prompt like others
@@ -167,6 +187,7 @@ class CommandLine(
     generate: CliSubCommand[Generate]
     models: CliSubCommand[Models]
     keys: CliSubCommand[Keys]
+    verify: CliSubCommand[Verify]
 
     def cli_cmd(self) -> None:
         """Run the subcommand."""

@@ -50,6 +50,10 @@ TOO_SLOW = Cause(408, "too_slow", "invalid", "Request Timeout", "send the whole 
 BODY_TOO_LARGE = Cause(413, "body_too_large", "invalid", "Content Too Large", "send a smaller body")
 UNSUPPORTED = Cause(415, "unsupported_media_type", "invalid", "Unsupported Media Type", "send JSON, not encoded")
 INVALID = Cause(422, "invalid_request", "invalid", "The request cannot be served as it is", "fix the named field")
+PICTURE_REFUSED = Cause(
+    *(422, "picture_refused", "invalid", "The picture is not sent", "ask for something else, or with another seed"),
+    detail="this server's check of pictures refused what was drawn",
+)
 OVERLOADED = Cause(429, "overloaded", "refused", "Too busy to meet the deadline", AGAIN)
 RATE_LIMITED = Cause(429, "rate_limited", "refused", "Too many requests of this key", AGAIN)
 HEADER_TOO_LARGE = Cause(431, "header_too_large", "invalid", "Request Header Fields Too Large", "send smaller headers")
@@ -65,6 +69,14 @@ FAILED = Cause(
 NUMERIC_FAULT = Cause(
     *(500, "generation_failed", "failed", "No picture could be made", "try another seed"),
     detail="the model drew an undefined or blank picture; try another seed",
+)
+UNSIGNED = Cause(
+    *(500, "signing_failed", "failed", "The picture could not be signed", "report it with the request's id"),
+    detail="this server sends no picture without its signature, and could not sign this one",
+)
+CHECK_FAILED = Cause(
+    *(500, "check_failed", "failed", "The picture could not be checked", "report it with the request's id"),
+    detail="this server sends no picture that was not checked, and its check failed",
 )
 STARTING = Cause(
     503, "not_ready", "refused", "Not ready", AGAIN, detail="the engine is starting; ask again", retry_after=5

@@ -12,12 +12,14 @@ from starlette.types import ASGIApp
 
 from app.api import a1111, deps, generate, health, huggingface, loras, models, openai, page, problems
 from app.api.deps import Parts
+from app.check import Check, load
 from app.engine.fleet import Fleet
 from app.http import limits
 from app.http.keys import Guard, Ring, refusal
 from app.http.ledger import Ledger
 from app.http.origins import ANY, EXPOSED, Origins, names
 from app.lists import listed
+from app.marking import Signer
 from app.metrics import Metrics
 from app.settings import Settings
 from app.traces import Tracing, make_tracer
@@ -52,7 +54,9 @@ def create_app(settings: Settings) -> FastAPI:
     def glance(timeout: float | None, who: str) -> None:
         fleet.glance(settings.timeout_s if timeout is None else timeout, who)
 
-    parts = Parts(fleet, settings, metrics, settings.families, Styles(settings.lora_dir))
+    styles = Styles(settings.lora_dir)
+    signer, check = _signer(settings, metrics), _check(settings, metrics)
+    parts = Parts(fleet, settings, metrics, settings.families, styles, signer, check)
     open_to_all = [page.router, health.router] + ([] if settings.admin_port else [health.metrics_router])
     drawing = (generate.router, openai.router, models.router, loras.router, a1111.router, huggingface.router)
     _furnish(app, parts, [*drawing, *open_to_all])
@@ -76,6 +80,21 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=EXPOSED,
         )
     return app
+
+
+def _signer(settings: Settings, metrics: Metrics) -> Signer | None:
+    if settings.c2pa_cert is None or settings.c2pa_key is None:
+        return None
+    signer = Signer(settings.c2pa_cert, settings.c2pa_key)
+    metrics.certificate_expiry.set(signer.expires.timestamp())
+    signer.warn()
+    return signer
+
+
+def _check(settings: Settings, metrics: Metrics) -> Check | None:
+    if settings.check is None:
+        return None
+    return Check(load(settings.check), settings.check_timeout_s, settings.check_fails == "open", metrics)
 
 
 def create_admin(parts: Parts) -> ASGIApp:

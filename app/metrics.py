@@ -31,6 +31,11 @@ class Metrics:
         self.without_key = Counter(
             "sdxl_requests_without_key", "Requests without a valid key, where keys are needed.", registry=registry
         )
+        self.checks = Counter("sdxl_checks", "Pictures by what the check said.", ["verdict"], registry=registry)
+        self.certificate_expiry = self._gauge(
+            "sdxl_c2pa_certificate_expiry_timestamp_seconds",
+            "When the certificate that signs pictures expires, Unix time; 0 where none does.",
+        )
         self.images = Counter("sdxl_images", "Pictures drawn.", ["variant", "styled"], registry=registry)
         self.waiting = self._gauge("sdxl_queue_depth", "Pictures accepted that have had no step yet.")
         self.running = self._gauge("sdxl_images_running", "Pictures between their first step and their answer.")

@@ -8,41 +8,20 @@ from typing import Literal
 
 import msgspec
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app import keys
+from app.check import load
 from app.engine.cores import usable_cores
 from app.engine.gpus import visible_gpus
 from app.engine.messages import EngineConfig
 from app.lists import check_aliases, check_matching, listed, pairs
+from app.variables import Variables
 from models.catalog import BadCatalog, Family, families
 
 GIB = 2**30
 ANY_STEPS = "sdxl-lightning"  # the name of the model as a whole: which variant draws, follows from the steps
-PREFIX = "SDXL_"  # SDXL_MODEL wins over MODEL, which may be another program's
 
 log = logging.getLogger("app.settings")
-
-
-class Variables(BaseSettings):
-    """Settings from flags and variables."""
-
-    model_config = SettingsConfigDict(cli_kebab_case=True, env_ignore_empty=True, allow_inf_nan=False)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        *others: object,
-        **named: object,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then variables with the prefix, then plain ones."""
-        return (
-            init_settings,
-            EnvSettingsSource(settings_cls, env_prefix=PREFIX, env_ignore_empty=True),
-            EnvSettingsSource(settings_cls, env_ignore_empty=True),
-        )
 
 
 class EngineSettings(Variables):
@@ -68,10 +47,7 @@ class EngineSettings(Variables):
         None, description="by default float16 on CUDA; on a CPU bfloat16 where it has it in hardware, else float32"
     )
     threads: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="threads on a CPU; by default all cores that this process may use",
+        None, ge=1, le=1024, description="threads on a CPU; by default all cores that this process may use"
     )
     max_batch: int | None = Field(
         None, ge=1, le=32, description="largest batch to measure; by default 16 on a CPU, 8 on CUDA"
@@ -217,7 +193,37 @@ class Settings(EngineSettings):
     engines: int | None = Field(
         None, ge=1, le=64, description="engines on a CPU, which share its threads; each holds the weights for itself"
     )
+    c2pa_cert: Path | None = Field(
+        None, description="sign pictures (C2PA): a PEM file of the certificate, then of those that vouch for it"
+    )
+    c2pa_key: Path | None = Field(None, validate_default=True, description="the certificate's private key, a PEM file")
+    check: str | None = Field(
+        None, description="a check of pictures, module:function, which flags or refuses them (docs/marking.md)"
+    )
+    check_timeout_s: float = Field(5.0, gt=0, le=3600, description="how long the check may take of a picture, seconds")
+    check_fails: Literal["closed", "open"] = Field(
+        "closed", description="what happens to a picture where the check fails: it is not sent, or it is"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
+
+    @field_validator("c2pa_key")
+    @classmethod
+    def _can_sign(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        from app.marking import Signer  # Pillow and c2pa, which other commands do without
+
+        certificate = info.data.get("c2pa_cert")
+        if (value is None) != (certificate is None):
+            raise ValueError("C2PA_CERT and C2PA_KEY go together")
+        if value and certificate:
+            Signer(certificate, value)
+        return value
+
+    @field_validator("check")
+    @classmethod
+    def _is_function(cls, value: str | None) -> str | None:
+        if value is not None:
+            load(value)
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -300,16 +306,10 @@ class Settings(EngineSettings):
             super().engine_config(), log_level=self.log_level, start_timeout=self.start_timeout_s
         )
 
-    @field_validator("max_bodies_mib")
+    @field_validator("max_bodies_mib", "max_timeout_s")
     @classmethod
     def _covers_one(cls, value: float, info: ValidationInfo) -> float:
-        if value < info.data.get("max_body_mib", 0):
-            raise ValueError("must not be below MAX_BODY_MIB")
-        return value
-
-    @field_validator("max_timeout_s")
-    @classmethod
-    def _covers_default(cls, value: float, info: ValidationInfo) -> float:
-        if value < info.data.get("timeout_s", 0):
-            raise ValueError("must not be below TIMEOUT_S")
+        one = {"max_bodies_mib": "max_body_mib", "max_timeout_s": "timeout_s"}[info.field_name or ""]
+        if value < info.data.get(one, 0):
+            raise ValueError(f"must not be below {one.upper()}")
         return value

@@ -296,6 +296,7 @@ def _info(body: Txt2Img, drawn: Drawn) -> dict[str, Any]:
         "infotexts": [_infotext(body, picture) for picture in drawn.pictures],
         "index_of_first_image": 0,
         "prompt_truncated": drawn.prompt_truncated,
+        "flagged": [index for index, picture in enumerate(drawn.pictures) if picture.done.flagged],
         "extra_generation_params": {name: note for name, note in notes.items() if note},
     }
 

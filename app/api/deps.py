@@ -7,8 +7,10 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request
 from starlette.types import Scope
 
+from app.check import Check
 from app.engine.fleet import Fleet
 from app.keys import Key
+from app.marking import Signer
 from app.metrics import Metrics
 from app.settings import Settings
 from models.catalog import Family
@@ -17,14 +19,16 @@ from models.styles import Styles
 
 @dataclass(frozen=True)
 class Parts:
-    """What one server is made of. families: all that it could serve. chosen: what a client of an API chose for all
-    requests to it."""
+    """What one server is made of. families: all that it could serve. signer, check: of pictures, where there are such.
+    chosen: what a client of an API chose for all requests to it."""
 
     fleet: Fleet
     settings: Settings
     metrics: Metrics
     families: dict[str, Family]
     styles: Styles
+    signer: Signer | None = None
+    check: Check | None = None
     chosen: dict[str, str] = field(default_factory=dict)
 
     @property

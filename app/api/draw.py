@@ -19,6 +19,7 @@ from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Event
 from app.errors import Problem
+from app.marking import Signer
 from app.order import PROMPT_LIMIT, Limits, Order, resolve
 from app.traces import Trace
 from models.catalog import Family, Variant
@@ -71,8 +72,7 @@ async def finish(
     encoding = time.monotonic()
     family: Family = request.state.family  # as it was then: by now we may drain
     variant = family.variants[jobs[0].weights.variant]
-    drawn = zip(jobs, done, strict=True)
-    files = [await make_file(order, variant, *each, output_format, quality) for each in drawn]
+    files = [await make_file(variant, *each, output_format, quality, parts) for each in zip(jobs, done, strict=True)]
     end = time.monotonic()
     parts.metrics.image_encode.observe((end - encoding) / len(files))
     trace: Trace | None = getattr(request.state, "trace", None)
@@ -99,9 +99,24 @@ async def watch(order: Order, request: Request, parts: Parts, wants_steps: bool 
     trace: Trace | None = getattr(request.state, "trace", None)
     if trace is not None:
         jobs = [msgspec.structs.replace(job, trace=trace.traceparent) for job in jobs]
+    if parts.check is not None:
+        jobs = [msgspec.structs.replace(job, previews=False) for job in jobs]  # nobody checks those
     async with aclosing(parts.fleet.watch(jobs, request.state.who, wants_steps, order.source)) as events:
         async for event in events:
-            yield event
+            yield await _checked(event, order, request, parts) if isinstance(event, Done) else event
+
+
+async def _checked(done: Done, order: Order, request: Request, parts: Parts) -> Done:
+    """What was drawn with what the order keeps of its image, and what the operator's check says of that. Raises Problem
+    where it is not sent."""
+    if order.image is not None and order.mask is not None:
+        pixels = await run_in_threadpool(uploads.keep, done.pixels, order.image, order.mask)
+        done = msgspec.structs.replace(done, pixels=pixels)
+    if parts.check is not None:
+        flagged = await parts.check.is_flagged(done.pixels, done.width, done.height, order.prompt)
+        request.state.flagged = flagged or getattr(request.state, "flagged", False)
+        done = msgspec.structs.replace(done, flagged=flagged)
+    return done
 
 
 def _require_resident(variant: str, parts: Parts) -> None:
@@ -179,22 +194,34 @@ def parameters(variant: Variant, job: Job, done: Done) -> dict[str, Any]:
     return found
 
 
-async def make_file(order: Order, variant: Variant, job: Job, done: Done, output_format: str, quality: int) -> bytes:
-    """A picture file of what was drawn, with what the order keeps of its image."""
-
-    def encode() -> bytes:
-        pixels = uploads.keep(done.pixels, order.image, order.mask) if order.image and order.mask else done.pixels
-        return images.encode(pixels, done.width, done.height, output_format, quality, parameters(variant, job, done))
-
-    if done.width * done.height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
-        return encode()
-    return await run_in_threadpool(encode)
+async def make_file(variant: Variant, job: Job, done: Done, output_format: str, quality: int, parts: Parts) -> bytes:
+    """A picture file of what was drawn. Raises Problem where it cannot be signed."""
+    picture = (done.pixels, done.width, done.height, output_format, quality, parameters(variant, job, done))
+    return await _file(picture, parts.signer)
 
 
-def preview_file(preview: Preview, output_format: str, quality: int) -> bytes:
+async def preview_file(preview: Preview, output_format: str, quality: int, parts: Parts) -> bytes:
     """A picture file of a preview, marked as every other."""
-    arguments = (preview.pixels, preview.width, preview.height, output_format, quality)
-    return images.encode(*arguments, {"Preview": f"step {preview.step}"})
+    told = {"Preview": f"step {preview.step}"}
+    picture = (preview.pixels, preview.width, preview.height, output_format, quality, told)
+    return await _file(picture, parts.signer)
+
+
+async def _file(picture: tuple[bytes, int, int, str, int, dict[str, Any]], signer: Signer | None) -> bytes:
+    _, width, height, output_format, *_ = picture
+
+    def make() -> bytes:
+        file = images.encode(*picture)
+        return file if signer is None else signer.sign(file, images.MEDIA_TYPES[output_format])
+
+    if signer is None and width * height <= INLINE_PIXELS:  # 0.1 ms: less than a thread costs
+        return make()
+    return await run_in_threadpool(make)
+
+
+def flag(done: Done) -> dict[str, bool]:
+    """What a JSON answer says of a picture that the operator's check flagged."""
+    return {"flagged": True} if done.flagged else {}
 
 
 def _timings(done: Sequence[Done], image: float, total: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from app import images, uploads
 from app.api import sse
 from app.api.accept import check_stream, choose_format
 from app.api.deps import Parts, PartsDep, owner_of
-from app.api.draw import Drawn, as_base64, draw, finish, preview_file, watch
+from app.api.draw import Drawn, as_base64, draw, finish, flag, preview_file, watch
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse
 from app.engine.jobs import Job
@@ -128,7 +128,7 @@ async def _events(body: GenerateRequest, order: Order, request: Request, parts: 
                 case Waiting(ahead, seconds):
                     yield _event("queued", {"ahead": ahead, "starts_in_s": round(seconds, 3)})
                 case Preview(id):
-                    file = preview_file(event, body.output_format, body.quality)
+                    file = await preview_file(event, body.output_format, body.quality, parts)
                     yield _event("preview", _preview(list(jobs).index(id), jobs[id], event, file))
                 case Done(id):
                     done[id] = event
@@ -174,6 +174,9 @@ async def _json(request: Request, drawn: Drawn) -> bytes:
         batch_sizes=first.done.batches,
     )
     files = await as_base64([each.file for each in drawn.pictures])
-    pictures = [{"b64_json": file, "seed": each.job.seed} for file, each in zip(files, drawn.pictures, strict=True)]
+    pictures = [
+        {"b64_json": file, "seed": each.job.seed, **flag(each.done)}
+        for file, each in zip(files, drawn.pictures, strict=True)
+    ]
     encoded: bytes = msgspec.json.encode({**answer.model_dump(exclude_none=True), "images": pictures})
     return encoded

@@ -25,7 +25,7 @@ from app.api.compat import (
     variant_of,
 )
 from app.api.deps import Parts, PartsDep, owner_of
-from app.api.draw import as_base64, as_json, draw, make_file, preview_file, watch
+from app.api.draw import as_base64, as_json, draw, flag, make_file, preview_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
 from app.api.schemas import File, Lora, OutputFormat, refusal
 from app.engine.jobs import Job
@@ -157,7 +157,10 @@ async def _answer(body: ImagesRequest, request: Request, parts: Parts) -> Respon
     first = drawn.pictures[0]
     answer = {
         "created": int(time.time()),
-        "data": [{**each, "seed": picture.job.seed} for each, picture in zip(pictures, drawn.pictures, strict=True)],
+        "data": [
+            {**each, "seed": picture.job.seed, **flag(picture.done)}
+            for each, picture in zip(pictures, drawn.pictures, strict=True)
+        ],
         **_about(body, first.job, first.done),
         "model": first.job.weights.variant,
         "prompt_truncated": drawn.prompt_truncated,
@@ -176,10 +179,10 @@ async def _events(body: ImagesRequest, order: Order, request: Request, parts: Pa
                 case Waiting():
                     yield KEEPALIVE_COMMENT
                 case Preview(id, step) if (index := _index(step, len(jobs[id].path), body.partial_images)) is not None:
-                    yield await _partial(body, jobs[id], index, event)
+                    yield await _partial(body, jobs[id], index, event, parts)
                 case Done(id):
                     variant = request.state.family.variants[jobs[id].weights.variant]
-                    yield await _completed(body, order, variant, jobs[id], event)
+                    yield await _completed(body, variant, jobs[id], event, parts)
 
 
 def _index(step: int, steps: int, wanted: int) -> int | None:
@@ -188,8 +191,8 @@ def _index(step: int, steps: int, wanted: int) -> int | None:
     return before if behind > before else None
 
 
-async def _partial(body: ImagesRequest, job: Job, index: int, preview: Preview) -> bytes:
-    file = preview_file(preview, body.output_format, body.output_compression or 1)
+async def _partial(body: ImagesRequest, job: Job, index: int, preview: Preview, parts: Parts) -> bytes:
+    file = await preview_file(preview, body.output_format, body.output_compression or 1, parts)
     (picture,) = await _pictures(body, [file])
     about = {
         "partial_image_index": index,
@@ -203,10 +206,10 @@ async def _partial(body: ImagesRequest, job: Job, index: int, preview: Preview) 
     return _event(f"{body.event}.partial_image", {"type": f"{body.event}.partial_image", **picture, **about})
 
 
-async def _completed(body: ImagesRequest, order: Order, variant: Variant, job: Job, done: Done) -> bytes:
-    file = await make_file(order, variant, job, done, body.output_format, body.output_compression or 1)
+async def _completed(body: ImagesRequest, variant: Variant, job: Job, done: Done, parts: Parts) -> bytes:
+    file = await make_file(variant, job, done, body.output_format, body.output_compression or 1, parts)
     (picture,) = await _pictures(body, [file])
-    about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed}
+    about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed, **flag(done)}
     return _event(f"{body.event}.completed", {"type": f"{body.event}.completed", **picture, **about})
 
 

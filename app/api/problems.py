@@ -16,6 +16,7 @@ from app.http.limits import Refused
 
 PROBLEM = (MEDIA_TYPE, ProblemBody.model_json_schema())
 OPENAI_ERROR = ("application/json", OpenAIError.model_json_schema())
+OPENAI_CODES = {errors.PICTURE_REFUSED: "content_policy_violation"}
 LONGEST_WAIT_S = 60  # OpenAI's npm client takes a longer Retry-After for none, and repeats at once
 
 
@@ -40,12 +41,13 @@ def openai_error(problem: Problem) -> dict[str, Any]:
     """A problem as OpenAI's SDKs read it."""
     status, told = problem.cause.status, document(problem)
     kind = "invalid_request_error" if status < 500 else "server_error"
+    is_model = status == 404 and problem.field in ("model", "variant")
     return {
         "error": {
             "message": told["detail"],
             "type": "rate_limit_error" if status == 429 else kind,
             "param": told.get("field"),
-            "code": "model_not_found" if status == 404 and problem.field in ("model", "variant") else told["code"],
+            "code": "model_not_found" if is_model else OPENAI_CODES.get(problem.cause, told["code"]),
         }
     }
 

@@ -122,6 +122,7 @@ class Image(BaseModel):
 
     b64_json: str
     seed: int
+    flagged: bool = Field(False, description="by the operator's check of pictures")
 
 
 class GenerateResponse(BaseModel):

@@ -141,7 +141,7 @@ class Preview(msgspec.Struct, tag=True, frozen=True):
 
 class Done(msgspec.Struct, tag=True, frozen=True):
     """A picture: height x width x 3 bytes. seconds: by stage. batches: the rows of each of its steps. tokens: of its
-    prompt, whose end was not read where that is truncated."""
+    prompt, whose end was not read where that is truncated. flagged: by the operator's check, in HTTP."""
 
     id: Id
     weights: Weights
@@ -153,6 +153,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     tokens: int
     truncated: bool
     marks: list[Mark] = []
+    flagged: bool = False
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

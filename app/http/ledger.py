@@ -25,7 +25,7 @@ log = logging.getLogger("app.http")
 
 class Ledger:
     """Pure ASGI, so that a handler hears of its client leaving. What it keeps of a request is in scope["state"]:
-    request_id, status (0 until the answer begins), ledger, draws, who, variant, problem, client_left, key.
+    request_id, status (0 until the answer begins), ledger, draws, who, variant, problem, client_left, key, flagged.
     render: the answer to a fault that nobody foresaw. glance: raises the Problem of a request that nobody has read yet,
     by its timeout and who it is, where it will not be served now."""
 
@@ -52,6 +52,8 @@ class Ledger:
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = state["request_id"]
+                if state.get("flagged"):
+                    MutableHeaders(scope=message)["X-Check"] = "flag"
             await send(message)
 
         try:
