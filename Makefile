@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve serve-ray test test-clients test-ray check format bench chaos supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill style evaluate lock clean
+.PHONY: serve serve-ray test test-bench test-clients test-ray check format bench chaos supply-chain check-full-size bench-gpu bench-gpu-wheels teacher distill style evaluate lock clean
 
 serve: .venv/served
 	@exec $(BIN)/sdxl-lightning serve
 
 # Two files at a time: most tests wait for servers.
 test: .venv/developed .venv/tooled system-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The GPU benchmark at toy size, on a CPU.
+test-bench: .venv/developed
+	$(BIN)/python -m pytest tests/slow/bench_gpu.py
 
 # Clients that need environments of their own: about 10 GB of disk (docs/clients.md). The light ones are in `make test`.
 HEAVY := tests/clients/heavy

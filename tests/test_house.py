@@ -106,7 +106,7 @@ def test_no_deadline_knows_the_wall_clock():
     """It jumps; only what is told to people reads it: an answer's date, a line of the log, a span."""
     reads = re.compile(r"\btime\.time(_ns)?\(|datetime\.(now|utcnow|today)\(|\b(gm|local|c)time\(|from time import")
     found = {path.relative_to(ROOT).as_posix() for path in sources("app", "models") if reads.search(path.read_text())}
-    assert found == {"app/api/generate.py", "app/api/openai.py", "app/traces.py"}
+    assert found == {"app/api/generate.py", "app/api/openai.py", "app/marking.py", "app/traces.py"}
 
 
 def test_every_test_that_the_promises_name_is_there():
