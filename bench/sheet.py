@@ -55,7 +55,7 @@ def _rows(url: str) -> list[list[Cell]]:
 
 
 def _styled(url: str, draw: Callable[..., Cell]) -> list[list[Cell]]:
-    names = [each["name"] for each in httpx.get(f"{url}/v1/loras", timeout=60).json()["data"]]
+    names = [each["id"] for each in httpx.get(f"{url}/v1/loras", timeout=60).json()["data"]]
     return [
         [draw(f"{name} {scale:g}", **APPLE, loras=[{"name": name, "scale": scale}]) for scale in SCALES]
         for name in names
