@@ -4,18 +4,17 @@ import argparse
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.contenders import ours
-from bench.load import Phase, closed_loop
-from bench.progress import progress
+from bench.load import closed_loop
 from bench.report import show_rows
-from bench.rounds import WARM_S, summarise
+from bench.rounds import CLIENTS, WARM_S, Row, in_turns
 from bench.start import start
 from bench.work import FOUR, Work, stream
 
 CATALOG = Path(__file__).parents[1] / "docs" / "models.example.toml"
-CLIENTS = 16
 LOADS = {"unguided": (1.0,), "half of them": (1.0, 2.0), "guided": (2.0,)}
 
 
@@ -26,23 +25,20 @@ class Guided(Work):
     guidance_scale: float = 1.0
 
 
-async def measure(threads: int, rounds: int, seconds: float) -> dict[str, list[Phase]]:
-    """Phases of each load, on one server."""
+async def measure(threads: int, rounds: int, seconds: float) -> list[Row]:
+    """Each load, on one server."""
     server = ours(THREADS=str(threads), CATALOG=str(CATALOG), MODEL="example")
     start([server])
-    phases: dict[str, list[Phase]] = {name: [] for name in LOADS}
     try:
         async with server.turn() as client:
             await closed_loop(client, _stream("warm-up", (1.0, 2.0)), CLIENTS, WARM_S, warm_s=0)
-            for turn in progress(range(rounds), "guided"):
-                for name, scales in LOADS.items():
-                    phases[name].append(await closed_loop(client, _stream(str(turn), scales), CLIENTS, seconds, WARM_S))
+            loads = {name: partial(_stream, scales=scales) for name, scales in LOADS.items()}
+            return await in_turns(client, "guided", loads, rounds, seconds)
     finally:
         server.end()
-    return phases
 
 
-def _stream(name: str, scales: tuple[float, ...]) -> Iterator[Work]:
+def _stream(name: str | int, scales: tuple[float, ...]) -> Iterator[Work]:
     for number, work in enumerate(stream(f"guided {name}", FOUR)):
         yield Guided(work.prompt, work.steps, work.seed, scales[number % len(scales)])
 
@@ -54,8 +50,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
-    phases = asyncio.run(measure(options.threads, options.rounds, options.seconds))
-    show_rows("closed loop, 16 clients, 4 steps", [summarise(name, each) for name, each in phases.items()])
+    rows = asyncio.run(measure(options.threads, options.rounds, options.seconds))
+    show_rows("closed loop, 16 clients, 4 steps", rows)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """The loads, in interleaved rounds: A B C, A B C, ... so that a drift of the machine hits every contender alike."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.client import Client
 from bench.contenders import Contender
 from bench.load import Phase, closed_loop, open_loop
 from bench.progress import progress
 from bench.tuning import Tuned, describe
-from bench.work import EVEN_MIX, FOUR, stream
+from bench.work import EVEN_MIX, FOUR, Work, stream
 
 OPEN_SHARES = (0.5, 0.8, 1.1)  # of our measured capacity
 SENSIBLE = 1.15  # times its own capacity: a contender is not sent more than that, its queue would only grow
 WARM_S = 1.0
+CLIENTS = 16
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Load:
 
 
 LOADS = (
-    Load("mix", "closed loop, 16 clients, even mix of 1/2/4/8 steps", 16, EVEN_MIX),
-    Load("four", "closed loop, 16 clients, 4 steps", 16, FOUR),
+    Load("mix", "closed loop, 16 clients, even mix of 1/2/4/8 steps", CLIENTS, EVEN_MIX),
+    Load("four", "closed loop, 16 clients, 4 steps", CLIENTS, FOUR),
     Load("single", "closed loop, 1 client, 4 steps", 1, FOUR),
 )
 
@@ -66,6 +68,17 @@ def summarise(contender: str, phases: Sequence[Phase], settings: str = "") -> Ro
         [round(rate, 2) for rate in rates],
         settings,
     )
+
+
+async def in_turns(
+    client: Client, title: str, loads: Mapping[str, Callable[[int], Iterator[Work]]], rounds: int, seconds: float
+) -> list[Row]:
+    """One server under several closed loops of 16 clients, in turns. loads: requests by name, of each round."""
+    phases: dict[str, list[Phase]] = {name: [] for name in loads}
+    for turn in progress(range(rounds), title):
+        for name, works in loads.items():
+            phases[name].append(await closed_loop(client, works(turn), CLIENTS, seconds, WARM_S))
+    return [summarise(name, each) for name, each in phases.items()]
 
 
 async def closed(

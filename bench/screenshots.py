@@ -2,16 +2,15 @@
 
 import asyncio
 import json
-import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Page
 
-from tests.conftest import ROOT, ServerProcess
+from tests.conftest import ROOT, ServerProcess, browser_page
 
 FOLDER = ROOT / "docs" / "playground"
 DESK: dict[str, Any] = {"viewport": {"width": 1280, "height": 860}}
@@ -24,52 +23,44 @@ DRAWN = "#pictures figure:not(.waits) img"
 def main() -> None:
     """Take all of them."""
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        server = ServerProcess(Path(folder) / "log", THREADS="2", COMPILE="1").wait_until_ready()
-        try:
-            for _ in range(5):  # so that the times in the pictures are usual ones
-                assert all(server.generate(steps=steps).status_code == 200 for steps in (1, 2, 4, 8))
-            asyncio.run(_shots(server.url))
-        finally:
-            server.stop()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ServerProcess(Path(folder) / "log", THREADS="2", COMPILE="1") as server,
+    ):
+        for _ in range(5):  # so that the times in the pictures are usual ones
+            assert all(server.generate(steps=steps).status_code == 200 for steps in (1, 2, 4, 8))
+        asyncio.run(_shots(server.url))
 
 
 async def _shots(url: str) -> None:
-    chromium = shutil.which("chromium")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        for name, options in (("start", DESK), ("dark", {**DESK, "color_scheme": "dark"}), ("phone", PHONE)):
-            async with _opened(browser, url, options) as page:
-                if name != "start":
-                    await _draw(page, url, FOX, 4)
-                await _shoot(page, name)
-        async with _opened(browser, url, DESK) as page:
-            await _draw(page, url, FOX, 4)
-            await _shoot(page, "steps")
-        async with _opened(browser, url, DESK) as page:
-            refusal = {"status": 429, "headers": {"Retry-After": "9"}, "json": BUSY}
-            await page.route("**/generate", lambda route: route.fulfill(**refusal))
-            await page.goto(f"{url}/#{json.dumps(FOX)}")
-            await page.reload()
-            await page.get_by_role("alert").wait_for()
-            await _shoot(page, "busy")
-        async with _opened(browser, url, DESK) as page:
-            await page.goto(f"{url}/#{json.dumps({**FOX, 'steps': '8', 'count': '8'})}")
-            await page.reload()
-            await page.locator("figure.preview").first.wait_for()
-            await _shoot(page, "drawing")
+    for name, options in (("start", DESK), ("dark", {**DESK, "color_scheme": "dark"}), ("phone", PHONE)):
+        async with _opened(url, options) as page:
+            if name != "start":
+                await _draw(page, url, FOX, 4)
+            await _shoot(page, name)
+    async with _opened(url, DESK) as page:
+        await _draw(page, url, FOX, 4)
+        await _shoot(page, "steps")
+    async with _opened(url, DESK) as page:
+        refusal = {"status": 429, "headers": {"Retry-After": "9"}, "json": BUSY}
+        await page.route("**/generate", lambda route: route.fulfill(**refusal))
+        await page.goto(f"{url}/#{json.dumps(FOX)}")
+        await page.reload()
+        await page.get_by_role("alert").wait_for()
+        await _shoot(page, "busy")
+    async with _opened(url, DESK) as page:
+        await page.goto(f"{url}/#{json.dumps({**FOX, 'steps': '8', 'count': '8'})}")
+        await page.reload()
+        await page.locator("figure.preview").first.wait_for()
+        await _shoot(page, "drawing")
 
 
 @asynccontextmanager
-async def _opened(browser: Browser, url: str, options: dict[str, Any]) -> AsyncIterator[Page]:
-    page = await (await browser.new_context(**options)).new_page()
-    page.set_default_timeout(120_000)  # milliseconds
-    await page.goto(url)
-    await page.locator("#server", has_text="cpu").wait_for()
-    yield page
-    await page.context.close()
+async def _opened(url: str, options: dict[str, Any]) -> AsyncIterator[Page]:
+    async with browser_page(**options) as page:
+        await page.goto(url)
+        await page.locator("#server", has_text="cpu").wait_for()
+        yield page
 
 
 async def _shoot(page: Page, name: str) -> None:

@@ -24,13 +24,9 @@ Cell = tuple[str, Image.Image]
 def main() -> None:
     """Draw it."""
     with tempfile.TemporaryDirectory() as folder:
-        server = ServerProcess(
-            Path(folder) / "log", COMPILE="1", CATALOG=str(ROOT / "docs" / "models.example.toml"), MODEL="example"
-        ).wait_until_ready()
-        try:
+        settings: dict[str, Any] = {"CATALOG": str(ROOT / "docs" / "models.example.toml"), "MODEL": "example"}
+        with ServerProcess(Path(folder) / "log", COMPILE="1", **settings) as server:
             _sheet(_rows(server.url)).save(ROOT / "docs" / "sheet.png", optimize=True)
-        finally:
-            server.stop()
 
 
 def _rows(url: str) -> list[list[Cell]]:

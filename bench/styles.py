@@ -11,15 +11,13 @@ from pathlib import Path
 
 from bench.client import Client
 from bench.contenders import ours
-from bench.load import Phase, closed_loop
+from bench.load import closed_loop
 from bench.overhead import timed
-from bench.progress import progress
-from bench.rounds import WARM_S, Row, summarise
+from bench.rounds import CLIENTS, WARM_S, Row, in_turns
 from bench.start import start
 from bench.work import EVEN_MIX, FOUR, WEIGHTS, Work, stream
 
 STYLES = 20
-CLIENTS = 16
 SWITCHES = 50
 
 
@@ -49,13 +47,14 @@ async def measure(threads: int, rounds: int, seconds: float) -> tuple[Switch, li
             async with server.turn() as client:
                 await closed_loop(client, _styled("warm-up"), CLIENTS, WARM_S, warm_s=0)  # graphs for more rows come
                 switch = await _switch(client)
-                phases: dict[str, list[Phase]] = {"plain": [], "styled": []}
-                for turn in progress(range(rounds), "styles"):
-                    for name, work in (("plain", stream(f"styles {turn}", EVEN_MIX)), ("styled", _styled(str(turn)))):
-                        phases[name].append(await closed_loop(client, work, CLIENTS, seconds, WARM_S))
+                loads = {
+                    "plain": lambda turn: stream(f"styles {turn}", EVEN_MIX),
+                    "styled": lambda turn: _styled(str(turn)),
+                }
+                rows = await in_turns(client, "styles", loads, rounds, seconds)
         finally:
             server.end()
-    return switch, [summarise(name, each) for name, each in phases.items()]
+    return switch, rows
 
 
 def _styled(name: str) -> Iterator[Work]:

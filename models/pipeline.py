@@ -183,8 +183,8 @@ class Pipeline:
         UNet's.
 
         latents: (B, 4, h, w) float32. schedules, steps: B, each row's schedule and its index into that.
-        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length. noise: B, each
-        row's added_noise() of this step, (4, h, w) float32; () where the sampler adds nothing. kept: B, of
+        conditioning: B rows, all as Prompts gave them or all as project() did, and all of one length. noise: B, what
+        begin() drew for each row's step, (4, h, w) float32; () where the sampler adds nothing. kept: B, of
         those that inpaint.
         """
         height, width = (side * self.vae_scale for side in latents.shape[-2:])

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import psutil
@@ -60,7 +60,13 @@ class ServerProcess:
                 start_new_session=True,
             )
 
-    def wait_until_ready(self) -> "ServerProcess":
+    def __enter__(self) -> Self:
+        return self.wait_until_ready()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_ready(self) -> Self:
         """Block until /ready says 200."""
         end = time.monotonic() + START_S
         while time.monotonic() < end and self.process.poll() is None:
@@ -146,9 +152,8 @@ class ServerProcess:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One server for all tests that leave it as they found it; on the code that users are served by."""
-    running = ServerProcess(tmp_path_factory.mktemp("server") / "log", COMPILE="1", THREADS="2").wait_until_ready()
-    yield running
-    running.stop()
+    with ServerProcess(tmp_path_factory.mktemp("server") / "log", COMPILE="1", THREADS="2") as running:
+        yield running
 
 
 @pytest.fixture

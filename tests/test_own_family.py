@@ -12,26 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from bench import ldm
 from tests.conftest import EMBEDDED
+from tests.models.test_own_checkpoints import OWN
 from tests.test_cli import Hub, run
 
-OWN = """
-[family.own]
-like = "{like}"
-{where}
-default = "own"
-
-[[family.own.variant]]
-name = "own"
-kind = "unet"
-steps = [4, 5]
-"""
 FILE = 'file = "own.safetensors"'
 
 
 def catalog(folder: Path, where: str = FILE, like: str = "embedded") -> dict[str, str]:
     """The settings of a server of it."""
     path = folder / "models.toml"
-    path.write_text(OWN.format(where=where, like=like))
+    path.write_text(OWN.format(like=like, where=where, weights='kind = "unet"'))
     return {"CATALOG": str(path), "MODEL": "own"}
 
 

@@ -25,13 +25,14 @@ from app.api.compat import (
     read_images,
     variant_of,
 )
-from app.api.deps import Parts, PartsDep, owner_of
+from app.api.deps import Parts, PartsDep
 from app.api.draw import Drawn, Picture, as_base64, as_json, draw, parameters
 from app.api.problems import declare, named
 from app.api.schemas import refusal
 from app.engine.jobs import Job
 from app.engine.messages import Done
 from app.errors import Problem
+from app.http.ledger import owner_of
 from app.http.limits import LimitedRoute, PictureRoute
 from app.order import Order
 from app.settings import ANY_STEPS

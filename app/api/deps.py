@@ -9,7 +9,6 @@ from starlette.types import Scope
 
 from app.check import Check
 from app.engine.fleet import Fleet
-from app.keys import Key
 from app.marking import Signer
 from app.metrics import Metrics
 from app.settings import Settings
@@ -46,14 +45,6 @@ def parts_of(scope: Scope) -> Parts:
     """The parts of the server that a request came to."""
     parts: Parts = scope["app"].state.parts
     return parts
-
-
-def owner_of(request: Request) -> str:
-    """Who asks: the name of a key, or an address."""
-    key: Key | None = request.scope["state"].get("key")
-    if key is not None:
-        return key.name
-    return request.client.host if request.client else ""
 
 
 async def _parts(request: Request) -> Parts:

@@ -1,6 +1,5 @@
 """POST /generate, our own API: strict, and nothing that was asked for is ignored."""
 
-import json
 import math
 import time
 from binascii import b2a_base64
@@ -10,12 +9,11 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.sse import format_sse_event
 
 from app import images, uploads
 from app.api import sse
 from app.api.accept import check_stream, choose_format
-from app.api.deps import Parts, PartsDep, owner_of
+from app.api.deps import Parts, PartsDep
 from app.api.draw import Drawn, as_base64, draw, finish, flag, preview_file, watch
 from app.api.problems import declare, named
 from app.api.schemas import GenerateRequest, GenerateResponse
@@ -23,6 +21,7 @@ from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Waiting
 from app.errors import Problem, document
+from app.http.ledger import owner_of
 from app.http.limits import PictureRoute
 from app.order import Order
 from app.uploads import Bitmap
@@ -126,16 +125,16 @@ async def _events(body: GenerateRequest, order: Order, request: Request, parts: 
                 case Accepted():
                     jobs = {job.id: job for job in event.jobs}
                 case Waiting(ahead, seconds):
-                    yield _event("queued", {"ahead": ahead, "starts_in_s": round(seconds, 3)})
+                    yield sse.event("queued", {"ahead": ahead, "starts_in_s": round(seconds, 3)})
                 case Preview(id):
                     file = await preview_file(event, body.output_format, body.quality, parts)
-                    yield _event("preview", _preview(list(jobs).index(id), jobs[id], event, file))
+                    yield sse.event("preview", _preview(list(jobs).index(id), jobs[id], event, file))
                 case Done(id):
                     done[id] = event
     drawn = await finish(
         order, list(jobs.values()), [done[id] for id in jobs], body.output_format, body.quality, start, request, parts
     )
-    yield format_sse_event(event="result", data_str=(await _json(request, drawn)).decode())
+    yield sse.event("result", msgspec.Raw(await _json(request, drawn)))
 
 
 def _preview(index: int, job: Job, preview: Preview, file: bytes) -> dict[str, Any]:
@@ -151,11 +150,7 @@ def _preview(index: int, job: Job, preview: Preview, file: bytes) -> dict[str, A
 
 
 def _error(problem: Problem) -> bytes:
-    return _event("error", {**document(problem), "retry_after": problem.retry_after})
-
-
-def _event(name: str, data: dict[str, Any]) -> bytes:
-    return format_sse_event(event=name, data_str=json.dumps(data))
+    return sse.event("error", {**document(problem), "retry_after": problem.retry_after})
 
 
 async def _json(request: Request, drawn: Drawn) -> bytes:

@@ -4,10 +4,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
 
 from app.api.compat import LONGEST_PROMPT, Prompt, Seed, Tolerant, read_images
-from app.api.deps import PartsDep, owner_of
+from app.api.deps import PartsDep
 from app.api.draw import draw
 from app.api.problems import declare, named
 from app.api.schemas import File
+from app.http.ledger import owner_of
 from app.http.limits import PictureRoute
 from app.images import MEDIA_TYPES
 from app.order import Order

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi.sse import KEEPALIVE_COMMENT
 from pydantic import AliasChoices, Field, model_validator
 
 from app.api import sse
@@ -24,7 +24,7 @@ from app.api.compat import (
     read_images,
     variant_of,
 )
-from app.api.deps import Parts, PartsDep, owner_of
+from app.api.deps import Parts, PartsDep
 from app.api.draw import as_base64, as_json, draw, flag, make_file, preview_file, watch
 from app.api.problems import OPENAI_ERROR, declare, named, openai_error
 from app.api.schemas import File, Lora, OutputFormat, refusal
@@ -32,6 +32,7 @@ from app.engine.jobs import Job
 from app.engine.messages import Done, Preview
 from app.engine.queue import Accepted, Waiting
 from app.errors import Problem
+from app.http.ledger import owner_of
 from app.http.limits import PictureRoute
 from app.images import MEDIA_TYPES
 from app.order import MOST_STYLES, Order
@@ -197,28 +198,21 @@ async def _partial(body: ImagesRequest, job: Job, index: int, preview: Preview, 
     about = {
         "partial_image_index": index,
         "created_at": int(time.time()),
-        "background": "opaque",
-        "output_format": body.output_format,
-        "quality": QUALITY.get(job.steps, "high"),
-        "size": f"{preview.width}x{preview.height}",
+        **_shape(body, job, preview),
         "seed": job.seed,
     }
-    return _event(f"{body.event}.partial_image", {"type": f"{body.event}.partial_image", **picture, **about})
+    return sse.event(f"{body.event}.partial_image", {"type": f"{body.event}.partial_image", **picture, **about})
 
 
 async def _completed(body: ImagesRequest, variant: Variant, job: Job, done: Done, parts: Parts) -> bytes:
     file = await make_file(variant, job, done, body.output_format, body.output_compression or 1, parts)
     (picture,) = await _pictures(body, [file])
     about = {"created_at": int(time.time()), **_about(body, job, done), "seed": job.seed, **flag(done)}
-    return _event(f"{body.event}.completed", {"type": f"{body.event}.completed", **picture, **about})
+    return sse.event(f"{body.event}.completed", {"type": f"{body.event}.completed", **picture, **about})
 
 
 def _error(problem: Problem) -> bytes:
-    return _event("error", openai_error(problem))
-
-
-def _event(name: str, data: dict[str, Any]) -> bytes:
-    return format_sse_event(event=name, data_str=msgspec.json.encode(data).decode())
+    return sse.event("error", openai_error(problem))
 
 
 async def _pictures(body: ImagesRequest, files: list[bytes]) -> list[dict[str, msgspec.Raw]]:
@@ -230,14 +224,21 @@ def _about(body: ImagesRequest, job: Job, done: Done) -> dict[str, Any]:
     """What OpenAI's answers and events say of a picture. Nothing is counted as output: pictures are no tokens here."""
     tokens = {"image_tokens": 0, "text_tokens": done.tokens}
     return {
-        "background": "opaque",
-        "output_format": body.output_format,
-        "quality": QUALITY.get(job.steps, "high"),
-        "size": f"{done.width}x{done.height}",
+        **_shape(body, job, done),
         "usage": {
             "input_tokens": done.tokens,
             "input_tokens_details": tokens,
             "output_tokens": 0,
             "total_tokens": done.tokens,
         },
+    }
+
+
+def _shape(body: ImagesRequest, job: Job, picture: Done | Preview) -> dict[str, str]:
+    """What a picture is, drawn or partial."""
+    return {
+        "background": "opaque",
+        "output_format": body.output_format,
+        "quality": QUALITY.get(job.steps, "high"),
+        "size": f"{picture.width}x{picture.height}",
     }

@@ -16,7 +16,10 @@ from app.http.limits import Refused
 
 PROBLEM = (MEDIA_TYPE, ProblemBody.model_json_schema())
 OPENAI_ERROR = ("application/json", OpenAIError.model_json_schema())
-OPENAI_CODES = {errors.PICTURE_REFUSED: "content_policy_violation"}
+OPENAI_CODES = {
+    **dict.fromkeys((errors.UNKNOWN_MODEL, errors.NOT_LOADED), "model_not_found"),
+    errors.PICTURE_REFUSED: "content_policy_violation",
+}
 LONGEST_WAIT_S = 60  # OpenAI's npm client takes a longer Retry-After for none, and repeats at once
 
 
@@ -41,13 +44,12 @@ def openai_error(problem: Problem) -> dict[str, Any]:
     """A problem as OpenAI's SDKs read it."""
     status, told = problem.cause.status, document(problem)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    is_model = status == 404 and problem.field in ("model", "variant")
     return {
         "error": {
             "message": told["detail"],
             "type": "rate_limit_error" if status == 429 else kind,
             "param": told.get("field"),
-            "code": "model_not_found" if is_model else OPENAI_CODES.get(problem.cause, told["code"]),
+            "code": OPENAI_CODES.get(problem.cause, told["code"]),
         }
     }
 

@@ -4,7 +4,8 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from fastapi.sse import EventSourceResponse
+import msgspec
+from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
@@ -14,6 +15,11 @@ from app.errors import Problem
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no proxy may keep an event back
 
 log = logging.getLogger("app.http")
+
+
+def event(name: str, data: object) -> bytes:
+    """One event, its data as JSON."""
+    return format_sse_event(event=name, data_str=msgspec.json.encode(data).decode())
 
 
 async def respond(

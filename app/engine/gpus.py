@@ -3,6 +3,8 @@
 import os
 import subprocess
 
+from app.lists import listed
+
 
 def visible_gpus() -> list[str]:
     """Those of CUDA_VISIBLE_DEVICES where that is set, as a container's runtime or Ray does; else all of this machine,
@@ -14,7 +16,7 @@ def visible_gpus() -> list[str]:
             named = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         except (OSError, subprocess.SubprocessError) as error:
             raise ValueError("asks nvidia-smi, which does not answer here; name the GPUs") from error
-    gpus = [name.strip() for name in named.replace("\n", ",").split(",") if name.strip()]
+    gpus = listed(named.replace("\n", ","))
     if not gpus:
         raise ValueError("finds no GPU here")
     return gpus

@@ -92,9 +92,9 @@ class Row:
         return self.height * self.width
 
 
-def age(row: Row) -> tuple[float, int]:
-    """The order in which rows are served: the oldest deadline first."""
-    return row.deadline, row.id
+def age(each: Job | Row) -> tuple[float, int]:
+    """The order in which pictures are served: the oldest deadline first."""
+    return each.deadline, each.id
 
 
 @dataclass(frozen=True)

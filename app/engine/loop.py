@@ -20,6 +20,7 @@ from torch import Tensor
 from app.engine import work
 from app.engine.calls import Call, Running, ids_in, make
 from app.engine.costs import Costs
+from app.engine.jobs import age
 from app.engine.loading import Loading
 from app.engine.messages import (
     Cancel,
@@ -214,7 +215,7 @@ class Loop:
             else:
                 missing.append(running.job.weights)
         if missing:
-            by_age = sorted(self.board.values(), key=lambda each: (each.job.deadline, each.job.id))
+            by_age = sorted(self.board.values(), key=lambda each: age(each.job))
             self._loading.ask(set(missing), list(dict.fromkeys(each.job.weights for each in by_age)))
         return here
 

@@ -125,7 +125,7 @@ class Queue:
     @property
     def orphans(self) -> list[Pending]:
         """The jobs that have no engine, the most urgent first."""
-        return sorted(self._orphans.values(), key=lambda pending: (pending.job.deadline, pending.job.id))
+        return sorted(self._orphans.values(), key=lambda pending: age(pending.job))
 
     @property
     def suspected(self) -> set[int]:

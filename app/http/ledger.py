@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
 from app.errors import Problem
+from app.keys import Key
 from app.metrics import Metrics
 
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -79,12 +80,17 @@ class Ledger:
             self.metrics.total.observe(seconds)
 
 
+def owner_of(scope: Mapping[str, Any]) -> str:
+    """Who asks: the name of a key, or an address. scope: a request, or its scope."""
+    key: Key | None = scope["state"].get("key")
+    return key.name if key is not None else (scope.get("client") or ("",))[0]
+
+
 def glance(scope: Scope, body: bytes, timeout: float | None) -> None:
     """Raises Problem where a request that draws will not be served now whatever it says. `who` it is: the same when
     the same client sends the same again, which is how a promise of Retry-After is recognised."""
-    client, state = scope.get("client") or ("",), scope["state"]
-    owner = state["key"].name if "key" in state else client[0]
-    state["who"] = hashlib.sha256(repr((owner, scope["path"])).encode() + body).hexdigest()
+    state = scope["state"]
+    state["who"] = hashlib.sha256(repr((owner_of(scope), scope["path"])).encode() + body).hexdigest()
     ledger: Ledger = state["ledger"]
     ledger.glance(timeout, state["who"])
 

@@ -17,10 +17,9 @@ WORK, READY = 'sdxl_work_seconds{{device="{}"}}', 'sdxl_engine_ready{{device="{}
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Iterator[ServerProcess]:
-    running = ServerProcess(tmp_path_factory.mktemp("two") / "log", **TWO, QUEUE_LIMIT="8").wait_until_ready()
-    assert eventually(lambda: ready(running)["engines"] == 2, START_S)
-    yield running
-    running.stop()
+    with ServerProcess(tmp_path_factory.mktemp("two") / "log", **TWO, QUEUE_LIMIT="8") as running:
+        assert eventually(lambda: ready(running)["engines"] == 2, START_S)
+        yield running
 
 
 def ready(server) -> dict:

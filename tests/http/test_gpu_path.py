@@ -32,9 +32,8 @@ def folder(tmp_path_factory) -> Path:
 def gpu_server(folder, tmp_path_factory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("gpu") / "log"
     settings = {**AS_ON_A_GPU, "DEVICE_BUDGET_GIB": BUDGET_GIB, "LORA_DIR": str(folder)}
-    running = ServerProcess(log, COMPILE="1", **settings).wait_until_ready()
-    yield running
-    running.stop()
+    with ServerProcess(log, COMPILE="1", **settings) as running:
+        yield running
 
 
 def test_pictures_drawn_while_graphs_are_recorded_and_after_are_diffusers_pictures(gpu_server):

@@ -67,9 +67,8 @@ class Guarded:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     running = Guarded(tmp_path_factory.mktemp("keys"))
-    running.process.wait_until_ready()
-    yield running
-    running.process.stop()
+    with running.process:
+        yield running
 
 
 def test_every_route_wants_a_key_but_those_that_the_documentation_says_are_open(guarded):

@@ -34,9 +34,8 @@ def secret(tmp_path_factory) -> Path:
 def watched(tmp_path_factory) -> Iterator[ServerProcess]:
     """A server that notes every file that its HTTP process opens, beside its log."""
     folder = tmp_path_factory.mktemp("watched")
-    running = ServerProcess(folder / "log", first=OPENED.format(path=str(folder / "opened"))).wait_until_ready()
-    yield running
-    running.stop()
+    with ServerProcess(folder / "log", first=OPENED.format(path=str(folder / "opened"))) as running:
+        yield running
 
 
 def names(secret: Path) -> list[str]:

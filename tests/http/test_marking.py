@@ -45,9 +45,8 @@ class Marking:
 @pytest.fixture(scope="module")
 def marking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Marking]:
     running = Marking(tmp_path_factory.mktemp("marking"))
-    running.process.wait_until_ready()
-    yield running
-    running.process.stop()
+    with running.process:
+        yield running
 
 
 def png(image: Image.Image) -> bytes:

@@ -15,9 +15,8 @@ from tests.models.test_samplers import EXAMPLE, FAMILY, oracle
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("own") / "log"
-    server = ServerProcess(log, CATALOG=str(EXAMPLE.relative_to(ROOT)), MODEL="example").wait_until_ready()
-    yield server
-    server.stop()
+    with ServerProcess(log, CATALOG=str(EXAMPLE.relative_to(ROOT)), MODEL="example") as server:
+        yield server
 
 
 def ask(server: ServerProcess, **fields: object) -> httpx.Response:

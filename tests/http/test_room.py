@@ -61,9 +61,8 @@ def descriptors(server: ServerProcess) -> int:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Iterator[ServerProcess]:
     settings = {"MAX_CONNECTIONS": "12", "SEND_TIMEOUT_S": "1"}
-    running = ServerProcess(tmp_path_factory.mktemp("small") / "log", **settings).wait_until_ready()
-    yield running
-    running.stop()
+    with ServerProcess(tmp_path_factory.mktemp("small") / "log", **settings) as running:
+        yield running
 
 
 def test_an_answer_that_nobody_reads_is_given_up(small):

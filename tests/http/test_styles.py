@@ -37,9 +37,8 @@ def styled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """A server of these, on the code that users are served by, with room for two styled sets beside its variants."""
     log = tmp_path_factory.mktemp("styled") / "log"
     limits = {"PRELOAD": "4step-unet,2step-unet", "HOST_BUDGET_GIB": str(4.5 * 12.7 / 1024), "THREADS": "2"}
-    running = ServerProcess(log, COMPILE="1", LORA_DIR=str(folder), **limits).wait_until_ready()
-    yield running
-    running.stop()
+    with ServerProcess(log, COMPILE="1", LORA_DIR=str(folder), **limits) as running:
+        yield running
 
 
 def ask(server: ServerProcess, *names: str, scale: float = 1.0, **fields) -> httpx.Response:

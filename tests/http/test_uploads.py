@@ -20,9 +20,8 @@ LIMITS = {"MAX_BODY_MIB": "1", "MAX_BODIES_MIB": "2", "MIN_UPLOAD_KB_S": "500", 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A server of little room, where a body has a second and what its bytes are worth."""
-    running = ServerProcess(tmp_path_factory.mktemp("small") / "log", first=QUICK, **LIMITS).wait_until_ready()
-    yield running
-    running.stop()
+    with ServerProcess(tmp_path_factory.mktemp("small") / "log", first=QUICK, **LIMITS) as running:
+        yield running
 
 
 def begun(server: ServerProcess, length: int, sent: int) -> socket.socket:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.catalog import Weights
-from models.device import Device, Tier
+from models.device import Device
 from models.grid import snap, spelled, starts
 from models.original import Kept
 from models.pipeline import Pipeline
@@ -19,19 +19,6 @@ STEPS = {name: variant.steps[0] for name, variant in oracle.FAMILY.variants.item
 UNETS = [name for name, variant in oracle.FAMILY.variants.items() if variant.kind == "unet"]
 LORAS = [name for name in STEPS if name not in UNETS]
 GRID = [(name, strength) for name in UNETS for strength in starts(STEPS[name])] + [(name, 0.5) for name in LORAS]
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return Pipeline(WeightStore(oracle.FAMILY), Device(), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def registry() -> Registry:
-    registry = Registry(WeightStore(oracle.FAMILY), Device(), torch.float32, [Tier("cpu", 1 << 40)])
-    for name in STEPS:
-        registry.load(Weights(name))
-    return registry
 
 
 def parts(registry: Registry, name: str):

@@ -22,7 +22,7 @@ from tests.models.test_samplers import PROMPTS, scheduler, theirs
 LORA = "sdxl_lightning_4step_lora.safetensors"
 OWN = """
 [family.own]
-like = "embedded"
+like = "{like}"
 {where}
 default = "own"
 
@@ -34,7 +34,7 @@ steps = [4, 5]
 
 
 def family(path: Path, where='file = "own.safetensors"', weights='kind = "unet"'):
-    return families({str(path): OWN.format(where=where, weights=weights)})["own"]
+    return families({str(path): OWN.format(like="embedded", where=where, weights=weights)})["own"]
 
 
 @pytest.fixture(scope="module")
